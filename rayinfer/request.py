@@ -1,0 +1,109 @@
+"""A row inside the engine, and what it becomes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rayinfer.sampling import SamplingParams
+
+
+@dataclass(slots=True)
+class Logprob:
+    """Log-probability of one token, and its rank among the vocabulary (1 is the likeliest)."""
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One completion, with vLLM's field names. `token_ids` holds the ending EOS or stop token too."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: str | None = None  # "stop", "length", "error", "abort"
+    stop_reason: int | str | None = None  # the stop token id or stop string, when one ended the row
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """A finished row, with vLLM's field names; a failed one has `error_type` and no tokens."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool = True
+    num_cached_tokens: int = 0
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    error_type: str | None = None
+    error_message: str | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A row's state in the engine. Token counts are of tokens, never of blocks.
+
+    `num_scheduled` counts tokens whose KV is written or on its way (launched steps included); `num_pending`
+    counts tokens that launched steps will yield and that the host has not read yet.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    prompt: str | None = None
+    group: Any = None  # rows with one group share a prefix (reserved for shared-prefix attention)
+    seed: int = 0
+    stop_token_ids: frozenset[int] = frozenset()
+    max_total_tokens: int = 0  # prompt plus the most tokens that may be generated
+
+    output_token_ids: list[int] = field(default_factory=list)
+    output_logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=list)
+    slot: int = -1
+    blocks: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    num_scheduled: int = 0
+    num_pending: int = 0
+    num_registered_blocks: int = 0  # leading blocks that the prefix cache knows
+    num_cached_tokens: int = -1  # prompt tokens found in the prefix cache when first admitted
+    num_preemptions: int = 0
+    text: str = ""
+    text_matcher: Any = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    error_type: str | None = None
+    error_message: str | None = None
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_token_ids)
+
+    @property
+    def num_known_tokens(self) -> int:
+        """Prompt and generated tokens that the host has read."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Known tokens and those still on the device."""
+        return self.num_known_tokens + self.num_pending
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+    def tokens(self, start: int, stop: int) -> Sequence[int]:
+        """Known tokens [start, stop) of prompt and output together."""
+        num_prompt = len(self.prompt_token_ids)
+        if stop <= num_prompt:
+            return self.prompt_token_ids[start:stop]
+        if start >= num_prompt:
+            return self.output_token_ids[start - num_prompt : stop - num_prompt]
+        return self.prompt_token_ids[start:] + self.output_token_ids[: stop - num_prompt]

@@ -1,0 +1,88 @@
+"""What one row asks of the sampler. Names and meanings are vLLM's."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from rayinfer.errors import ErrorType, RowError, explain_validation
+
+MAX_LOGPROBS = 20
+
+
+class SamplingParams(BaseModel):
+    """Sampling parameters of one row.
+
+    The order of the filters is temperature, top-k, top-p over what top-k left, min-p; the token is then
+    drawn by Gumbel-max with noise that depends on (seed, position, token) alone, so a row with a seed gives
+    the same tokens in any batch. Log-probabilities are those of the model before temperature and filters.
+
+    Raises:
+        RowError: INVALID_SAMPLING_PARAMS, naming each wrong field (`from_row` only; the constructor
+            raises pydantic's ValidationError, a ValueError).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+    temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False, description="0 is greedy")] = 1.0
+    top_k: Annotated[int, Field(ge=-1, description="keep the k likeliest tokens; 0 and -1 keep all")] = 0
+    top_p: Annotated[float, Field(gt=0, le=1, description="keep the likeliest tokens that hold this mass")] = 1.0
+    min_p: Annotated[float, Field(ge=0, le=1, description="drop tokens below this share of the likeliest")] = 0.0
+    seed: Annotated[int | None, Field(ge=0, lt=2**63, description="the row's own random stream")] = None
+    max_tokens: Annotated[int | None, Field(ge=1, description="None: up to max_model_len")] = 16
+    min_tokens: Annotated[int, Field(ge=0, description="no EOS or stop token before this many tokens")] = 0
+    stop: Annotated[tuple[str, ...], Field(description="strings that end the row")] = ()
+    stop_token_ids: Annotated[tuple[int, ...], Field(description="token ids that end the row")] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    logprobs: Annotated[int | None, Field(ge=0, le=MAX_LOGPROBS, description="top-n per generated token")] = None
+    prompt_logprobs: Annotated[int | None, Field(ge=0, le=MAX_LOGPROBS, description="top-n per prompt token")] = None
+    skip_special_tokens: bool = True
+    detokenize: bool = True
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _stop_as_tuple(cls, value: Any) -> Any:
+        if value is None:
+            return ()
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("stop")
+    @classmethod
+    def _stop_not_empty(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if any(not text for text in value):
+            raise ValueError("a stop string may not be empty")
+        return value
+
+    @field_validator("stop_token_ids", mode="before")
+    @classmethod
+    def _ids_as_tuple(cls, value: Any) -> Any:
+        return () if value is None else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SamplingParams:
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens})")
+        if self.stop and not self.detokenize:
+            raise ValueError("stop strings need detokenize=True")
+        return self
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @classmethod
+    def from_row(cls, value: Any) -> SamplingParams:
+        """Validate what a row carries: None (defaults), a mapping, or a SamplingParams."""
+        if isinstance(value, cls):
+            return value
+        if value is None:
+            return cls()
+        try:
+            return cls.model_validate(dict(value))
+        except ValidationError as error:
+            message = explain_validation(error, cls, "sampling_params")
+        except (TypeError, ValueError):
+            message = f"sampling_params: want a mapping, got {type(value).__name__}"
+        raise RowError(ErrorType.INVALID_SAMPLING_PARAMS, message)
