@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rayinfer.errors import RowError
 from rayinfer.sampling import SamplingParams
 
 
@@ -68,10 +69,10 @@ class Request:
     prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=list)
     slot: int = -1
     blocks: list[int] = field(default_factory=list)
-    block_hashes: list[bytes] = field(default_factory=list)
     num_scheduled: int = 0
     num_pending: int = 0
     num_registered_blocks: int = 0  # leading blocks that the prefix cache knows
+    prefix_id: int = 0  # the prefix cache's name for those blocks; 0 is the empty prefix
     num_cached_tokens: int = -1  # prompt tokens found in the prefix cache when first admitted
     num_preemptions: int = 0
     text: str = ""
@@ -98,6 +99,10 @@ class Request:
     @property
     def finished(self) -> bool:
         return self.finish_reason is not None
+
+    def fail(self, error: RowError) -> None:
+        """End the row with an error."""
+        self.finish_reason, self.error_type, self.error_message = "error", str(error.type), str(error)
 
     def tokens(self, start: int, stop: int) -> Sequence[int]:
         """Known tokens [start, stop) of prompt and output together."""

@@ -6,8 +6,8 @@ K key/value heads, D head size, N KV blocks, S slots of a block (block_size), P 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 
@@ -45,6 +45,7 @@ class StepMeta:
         num_decodes: rows of one token at the front.
         max_seq_len: at least max(seq_lens_R).
         max_query_len: at least the longest prompt chunk (1 if there is none).
+        scratch: what a backend worked out for one layer and can use again in the next.
     """
 
     positions_T: torch.Tensor
@@ -55,6 +56,7 @@ class StepMeta:
     num_decodes: int
     max_seq_len: int
     max_query_len: int
+    scratch: dict[Any, Any] = field(default_factory=dict)
 
 
 @dataclass

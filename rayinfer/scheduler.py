@@ -1,0 +1,246 @@
+"""Which tokens of which rows the next step computes.
+
+One token budget a step: rows that decode first, then prompt chunks in progress, then new rows. Nothing here waits for
+the device: tokens that launched steps will yield are counted (`Request.num_pending`) before they are known.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from rayinfer.kv_cache import BlockPool
+from rayinfer.request import Request
+
+PROMPT_LOGPROB_CHUNK = 512  # rows that ask for prompt log-probabilities need logits for every token of a chunk
+DEVICE_TOKEN = -1  # this step's input is the slot's last sampled token, which only the device knows
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """One step as plain arrays: what a runner, here or on another rank, needs to carry it out.
+
+    Rows are ordered decodes (one token, from the device or the host) first, then prompt chunks.
+
+    Attributes:
+        slots, starts, num_new: int32 [R], the row's slot, tokens already in its KV, tokens of this step.
+        num_decodes: rows of one token at the front.
+        token_ids: int32 [T], input tokens; DEVICE_TOKEN where the slot's last sample is meant.
+        samples: int32 [L], rows that yield tokens, ascending.
+        new_blocks: int32 [U, 3], (slot, index, block) entries to write into the block table first.
+        new_rows: (slot, temperature, top_k, top_p, min_p, seed) of rows that got a slot.
+        all_greedy: every sampling row has temperature 0.
+        banned: int32 [*, 2], (position in `samples`, token) that may not be sampled.
+        num_logprobs: most top-n log-probabilities that a sampling row asks for; -1 when none asks at all.
+        prompt_targets: int32 [M, 2], (token of the step, the token that follows it) whose log-probability is wanted.
+        num_prompt_logprobs: top-n wanted for those; -1 when none.
+    """
+
+    slots: np.ndarray
+    starts: np.ndarray
+    num_new: np.ndarray
+    num_decodes: int
+    token_ids: np.ndarray
+    samples: np.ndarray
+    new_blocks: np.ndarray
+    new_rows: list[tuple[int, float, int, float, float, int]]
+    all_greedy: bool
+    banned: np.ndarray
+    num_logprobs: int = -1
+    prompt_targets: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int32))
+    num_prompt_logprobs: int = -1
+
+
+@dataclass(slots=True)
+class Step:
+    """A plan together with the host's rows it is for: `rows[i]` is the plan's row i."""
+
+    plan: StepPlan
+    rows: list[Request]
+
+
+class Scheduler:
+    """Admission, chunking and preemption over one block pool.
+
+    Args:
+        max_num_seqs: rows that hold a slot at once.
+        max_num_batched_tokens: tokens of one step, decodes and prompt chunks together.
+    """
+
+    def __init__(self, pool: BlockPool, max_num_seqs: int, max_num_batched_tokens: int):
+        self.pool = pool
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.num_preemptions = 0
+        self._free_slots = list(range(max_num_seqs - 1, -1, -1))
+        self._new_blocks: list[tuple[int, int, int]] = []
+        self._new_rows: list[Request] = []
+        # Blocks kept back when new rows come in, so that running rows seldom have to be preempted for lack of one.
+        self._reserve = max(1, pool.num_blocks // 100)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    def add(self, request: Request) -> None:
+        self.waiting.append(request)
+
+    def finish(self, request: Request, forget: bool = False) -> None:
+        """Take a finished row out and free what it holds; `forget` its KV if it is not to be trusted."""
+        if request.slot >= 0:
+            self.running.remove(request)
+            self._release(request, forget)
+        else:
+            self.waiting.remove(request)
+
+    def schedule(self) -> Step | None:
+        """The next step, or None when no row can go on before an earlier step has been read."""
+        self._new_blocks, self._new_rows = [], []
+        budget, num_preemptions = self.max_num_batched_tokens, self.num_preemptions
+        decodes: list[Request] = []
+        chunks: list[tuple[Request, int]] = []
+        for request in list(self.running):
+            if request.slot < 0:
+                continue  # preempted for a row before it
+            remaining = request.num_tokens - request.num_scheduled
+            if request.num_tokens >= request.max_total_tokens:
+                continue  # its last token is on the way
+            num_new = min(remaining, budget, self._chunk_limit(request))
+            if num_new <= 0 or not self._make_room(request, num_new):
+                continue
+            budget -= num_new
+            (decodes.append(request) if num_new == 1 else chunks.append((request, num_new)))
+        # A row scheduled above may since have been preempted for a later one; its slot says so.
+        decodes = [r for r in decodes if r.slot >= 0]
+        chunks = [(r, n) for r, n in chunks if r.slot >= 0]
+        if self.num_preemptions == num_preemptions:  # else a row just put back would take the blocks again
+            self._admit(budget, decodes, chunks)
+        rows = decodes + [request for request, _ in chunks]
+        if not rows:
+            return None
+        return Step(self._plan(rows, [1] * len(decodes) + [n for _, n in chunks], len(decodes)), rows)
+
+    def _chunk_limit(self, request: Request) -> int:
+        wants_prompt = request.params.prompt_logprobs is not None
+        return PROMPT_LOGPROB_CHUNK if wants_prompt else self.max_num_batched_tokens
+
+    def _make_room(self, request: Request, num_new: int) -> bool:
+        """Give the row blocks for `num_new` more tokens, preempting the youngest rows if none are free."""
+        while not self._grow(request, num_new):
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is request:
+                return False
+        return True
+
+    def _grow(self, request: Request, num_new: int) -> bool:
+        have = len(request.blocks)
+        need = -(-(request.num_scheduled + num_new) // self.pool.block_size) - have
+        if need > self.pool.num_free:
+            return False
+        if need > 0:
+            blocks = self.pool.allocate(need)
+            self._new_blocks.extend((request.slot, have + i, block) for i, block in enumerate(blocks))
+            request.blocks.extend(blocks)
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        """Take the blocks of a row and queue it again; its KV is computed anew (or found in the prefix cache)."""
+        self._new_blocks = [entry for entry in self._new_blocks if entry[0] != request.slot]
+        self.running.remove(request)
+        self._release(request)
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.appendleft(request)
+
+    def _release(self, request: Request, forget: bool = False) -> None:
+        self.pool.release(request, forget)
+        self._free_slots.append(request.slot)
+        request.slot, request.num_scheduled = -1, 0
+
+    def _admit(self, budget: int, decodes: list[Request], chunks: list[tuple[Request, int]]) -> None:
+        """Let waiting rows in while slots, blocks and budget last."""
+        while self.waiting and self._free_slots and budget > 0:
+            request = self.waiting[0]
+            if request.num_pending:
+                break  # preempted with a token still on the device: it must be read first
+            # The last token is always computed: its logits are what is wanted.
+            reuse = request.params.prompt_logprobs is None or bool(request.output_token_ids)
+            known = self.pool.match(request, request.num_tokens - 1) if reuse else []
+            num_known = len(known) * self.pool.block_size
+            num_new = min(request.num_tokens - num_known, budget, self._chunk_limit(request))
+            need = -(-(num_known + num_new) // self.pool.block_size) - len(known)
+            reserve = self._reserve if self.running else 0
+            if need + self.pool.num_free_among(known) + reserve > self.pool.num_free:
+                break
+            self.waiting.popleft()
+            request.slot = self._free_slots.pop()
+            self.pool.share(request, known)
+            self._new_blocks.extend((request.slot, i, block) for i, block in enumerate(known))
+            self._new_rows.append(request)
+            request.num_scheduled = num_known
+            if request.num_cached_tokens < 0:
+                request.num_cached_tokens = num_known
+            self.running.append(request)
+            grown = self._grow(request, num_new)
+            assert grown
+            budget -= num_new
+            # Registered at once, so that the next row of this very step can share the blocks.
+            self.pool.register(request, num_known + num_new)
+            (decodes.append(request) if num_new == 1 else chunks.append((request, num_new)))
+        return budget
+
+    def _plan(self, rows: list[Request], num_new: list[int], num_decodes: int) -> StepPlan:
+        """Write the step down as arrays and advance the rows' counts."""
+        token_ids: list[int] = []
+        starts: list[int] = []
+        samples: list[int] = []
+        banned: list[tuple[int, int]] = []
+        targets: list[tuple[int, int]] = []
+        all_greedy, num_logprobs, num_prompt_logprobs = True, -1, -1
+        for index, (request, num) in enumerate(zip(rows, num_new, strict=True)):
+            start = request.num_scheduled
+            starts.append(start)
+            params = request.params
+            if start >= request.num_known_tokens:
+                token_ids.append(DEVICE_TOKEN)
+            else:
+                if params.prompt_logprobs is not None and start < request.num_prompt_tokens - 1:
+                    first = len(token_ids)
+                    following = request.prompt_token_ids[start + 1 : start + num + 1]
+                    targets.extend((first + i, token) for i, token in enumerate(following))
+                    num_prompt_logprobs = max(num_prompt_logprobs, params.prompt_logprobs)
+                token_ids.extend(request.tokens(start, start + num))
+            request.num_scheduled = start + num
+            self.pool.register(request, min(request.num_scheduled, request.num_known_tokens))
+            if request.num_scheduled < request.num_tokens:
+                continue  # a chunk that leaves prompt tokens for later yields none
+            if params.min_tokens > request.num_tokens - request.num_prompt_tokens:
+                banned.extend((len(samples), token) for token in request.stop_token_ids)
+            samples.append(index)
+            request.num_pending += 1
+            all_greedy = all_greedy and params.greedy
+            if params.logprobs is not None:
+                num_logprobs = max(num_logprobs, params.logprobs)
+        as_int = np.int32
+        return StepPlan(
+            slots=np.array([request.slot for request in rows], as_int),
+            starts=np.array(starts, as_int),
+            num_new=np.array(num_new, as_int),
+            num_decodes=num_decodes,
+            token_ids=np.array(token_ids, as_int),
+            samples=np.array(samples, as_int),
+            new_blocks=np.array(self._new_blocks, as_int).reshape(-1, 3),
+            new_rows=[
+                (r.slot, r.params.temperature, r.params.top_k, r.params.top_p, r.params.min_p, r.seed)
+                for r in self._new_rows
+            ],
+            all_greedy=all_greedy,
+            banned=np.array(banned, as_int).reshape(-1, 2),
+            num_logprobs=num_logprobs,
+            prompt_targets=np.array(targets, as_int).reshape(-1, 2),
+            num_prompt_logprobs=num_prompt_logprobs,
+        )
