@@ -1,0 +1,54 @@
+# make demo   run a real model over 200 real rows on this machine's CPU
+# make test   the whole CPU suite
+# make check  what CI runs before the suite: lint, types, sizes
+# make clean  remove everything that the targets above made
+#
+# Each target makes its own virtual environment (VENV) and fetches model and rows (.cache/) when they are missing.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST_ARGS ?= -n 2 --dist loadfile
+MARKERS ?= not gpu
+# One torch thread for each test process: two of them share the machine with Ray's workers.
+TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0
+
+.PHONY: install fetch demo test notebooks lint format types sizes check clean
+
+install: $(STAMP)
+
+# torch is named in the first pip call: alone in the resolver's hands it would bring a build of several GB.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0 -e '.[dev]'
+	touch $@
+
+fetch: $(STAMP)
+	$(BIN)/python tools/fetch.py
+
+demo: fetch
+	$(BIN)/rayinfer run examples/demo.yaml
+
+test: fetch
+	$(TEST_ENV) $(BIN)/python -m pytest -m "$(MARKERS)" $(PYTEST_ARGS) --nbmake tests notebooks
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(STAMP)
+	$(BIN)/mypy -p rayinfer
+
+sizes: $(STAMP)
+	$(BIN)/python tools/size_report.py
+
+check: lint types sizes
+
+clean:
+	rm -rf $(VENV) .cache build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
