@@ -1,0 +1,162 @@
+"""The job file: what to read, what to ask, which model, where the table goes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from rayinfer.config import EngineConfig
+from rayinfer.errors import ConfigError, explain_validation
+from rayinfer.pipelines.template import PromptTemplate
+from rayinfer.sampling import SamplingParams
+
+FileFormat = Literal["parquet", "jsonl", "csv"]
+
+
+class _Spec(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class SourceSpec(_Spec):
+    uri: Annotated[str, Field(min_length=1, description="file, folder or glob; any fsspec URI")]
+    format: Annotated[Literal["auto", "parquet", "jsonl", "csv"], Field(description="auto: by the file names")] = "auto"
+    columns: Annotated[list[str] | None, Field(min_length=1, description="columns to read; default: all")] = None
+    limit: Annotated[int | None, Field(ge=1, description="only the first rows, in file order")] = None
+    id_column: Annotated[str | None, Field(description="unique integer or string; default: a row_key is made")] = None
+
+
+class MessageSpec(_Spec):
+    role: Literal["system", "user", "assistant"]
+    content: Annotated[str, Field(description="Jinja2 template over the row's columns")]
+
+
+class ProcessorSpec(_Spec):
+    batch_size: Annotated[int | None, Field(ge=1, description="rows given to an engine at once")] = None
+    concurrency: Annotated[int | list[int], Field(description="engines, or [min, max]")] = 1
+
+    @field_validator("concurrency")
+    @classmethod
+    def _range(cls, value: int | list[int]) -> int | list[int]:
+        low, high = (value, value) if isinstance(value, int) else (value[0], value[-1])
+        if not 1 <= low <= high or (isinstance(value, list) and len(value) != 2):
+            raise ValueError("want a number of engines >= 1, or [min, max]")
+        return value
+
+
+class SinkSpec(_Spec):
+    uri: Annotated[str, Field(min_length=1, description="folder; any fsspec URI that all nodes reach")]
+    format: FileFormat = "parquet"
+    rows_per_part: Annotated[int, Field(ge=1, description="rows of one part file")] = 5000
+    columns: Annotated[list[str] | None, Field(description="source columns to keep; default: all read")] = None
+
+
+class JobSpec(_Spec):
+    """One job. Exactly one of `prompt` and `messages` is given; relative paths are relative to `base`.
+
+    Raises:
+        ConfigError: from `parse` and `load_job`, one line for each thing that is wrong.
+    """
+
+    source: SourceSpec
+    prompt: Annotated[str | None, Field(description="Jinja2 template; no chat template is applied")] = None
+    messages: Annotated[list[MessageSpec] | None, Field(min_length=1, description="chat messages")] = None
+    model: Annotated[EngineConfig, Field(description="model_source and the engine's settings")]
+    sampling: SamplingParams = SamplingParams()
+    processor: ProcessorSpec = ProcessorSpec()
+    sink: SinkSpec
+    on_error: Annotated[Literal["record", "raise"], Field(description="record: a failed row costs one row")] = "record"
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _model_source(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"model": value}
+        if isinstance(value, dict) and "model" not in value:
+            if "model_source" not in value:
+                raise ValueError("model_source is missing: a local folder, a .gguf file or a hub id")
+            return {"model" if key == "model_source" else key: item for key, item in value.items()}
+        return value
+
+    @model_validator(mode="after")
+    def _one_template(self) -> JobSpec:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("want exactly one of prompt and messages")
+        return self
+
+    def template(self) -> PromptTemplate:
+        return PromptTemplate(self.prompt, [(m.role, m.content) for m in self.messages or ()])
+
+    @classmethod
+    def parse(cls, value: Any, *, place: str = "job", base: str | os.PathLike[str] = ".") -> JobSpec:
+        """Validate a mapping; `place` begins every error line, `base` is what relative paths hang on."""
+        if not isinstance(value, dict):
+            raise ConfigError(f"{place}: want a mapping with source, prompt or messages, model and sink")
+        try:
+            spec = cls.model_validate(value)
+            spec.template()
+        except ValidationError as error:
+            raise ConfigError(explain_validation(error, cls, place)) from None
+        except ConfigError as error:
+            raise ConfigError(f"{place}: {error}") from None
+        return spec.model_copy(
+            update={
+                "source": spec.source.model_copy(update={"uri": resolve_uri(spec.source.uri, base)}),
+                "sink": spec.sink.model_copy(update={"uri": resolve_uri(spec.sink.uri, base)}),
+                "model": spec.model.model_copy(
+                    update={
+                        "model": _resolve_model(spec.model.model, base),
+                        "tokenizer": spec.model.tokenizer and _resolve_model(spec.model.tokenizer, base),
+                    }
+                ),
+            }
+        )
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML lets a key appear twice and keeps the last; half of what was typed would be ignored in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.MarkedYAMLError(problem=f"key {key!r} is there twice", problem_mark=key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def load_job(path: str | os.PathLike[str], *, limit: int | None = None) -> JobSpec:
+    """Read a job file; its relative paths are relative to the folder that the file is in."""
+    path = Path(path)
+    try:
+        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except OSError as error:
+        raise ConfigError(f"job file {str(path)!r}: {error.strerror}") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ConfigError(f"{path.name}: not valid YAML: {where}{error.problem}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path.name}: not valid YAML: {error}") from None
+    spec = JobSpec.parse(value, place=path.name, base=path.parent)
+    if limit is not None:
+        spec = spec.model_copy(update={"source": spec.source.model_copy(update={"limit": limit})})
+    return spec
+
+
+def resolve_uri(uri: str, base: str | os.PathLike[str]) -> str:
+    """Make a local path absolute; a URI with a scheme stays as it is."""
+    if "://" in uri or "::" in uri:
+        return uri
+    return os.path.abspath(os.path.join(base, os.path.expanduser(uri)))
+
+
+def _resolve_model(source: str, base: str | os.PathLike[str]) -> str:
+    """A path if it looks like one or is there; else a hub id (`org/name`), which looks like a path and is none."""
+    local = resolve_uri(source, base)
+    looks_local = source.startswith((".", "/", "~")) or source.endswith(".gguf")
+    return local if looks_local or os.path.exists(local) else source
