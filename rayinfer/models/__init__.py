@@ -1,0 +1,1 @@
+"""transformers as the zoo: loading, paged attention for any architecture, fused blocks for those we know."""

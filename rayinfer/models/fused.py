@@ -1,0 +1,183 @@
+"""Fused decoders for structures we know: Llama, Mistral, Qwen2, Qwen3 and Gemma 3 (text).
+
+A decoder is swapped only if its class is exactly one of FUSED, so nothing unknown is swapped by accident. What changes:
+QKV and gate+up are one product each, every add is done with the norm after it, and q/k norm, rotary and KV write are
+one operation. The CausalLM around it stays transformers'. Shapes: T tokens, C channels, M positions, R rotary size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from rayinfer.models.linear import Linear
+from rayinfer.models.paged import PagedLayer
+from rayinfer.ops import get_ops
+
+# Class of the decoder -> whether its norms follow Gemma's convention (1 + weight).
+FUSED = {
+    "transformers.models.llama.modeling_llama.LlamaModel": False,
+    "transformers.models.mistral.modeling_mistral.MistralModel": False,
+    "transformers.models.qwen2.modeling_qwen2.Qwen2Model": False,
+    "transformers.models.qwen3.modeling_qwen3.Qwen3Model": False,
+    "transformers.models.gemma3.modeling_gemma3.Gemma3TextModel": True,
+}
+_ACT = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+
+class Norm(nn.Module):
+    """RMSNorm, alone or with the add before it."""
+
+    def __init__(self, norm: nn.Module, gemma: bool):
+        super().__init__()
+        self.weight: torch.Tensor = norm.weight  # type: ignore[assignment]
+        self.eps = float(norm.eps if hasattr(norm, "eps") else norm.variance_epsilon)  # type: ignore[arg-type]
+        self.gemma = gemma
+        self.ops = get_ops(self.weight.device)
+
+    def forward(self, x_TC: torch.Tensor) -> torch.Tensor:
+        return self.ops.rms_norm(x_TC, self.weight, self.eps, gemma=self.gemma)
+
+    def add(self, x_TC: torch.Tensor, residual_TC: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (norm(x + residual), x + residual); without a residual, (norm(x), x)."""
+        if residual_TC is None:
+            return self(x_TC), x_TC
+        return self.ops.add_rms_norm(x_TC, residual_TC, self.weight, self.eps, gemma=self.gemma)
+
+
+class FusedAttention(nn.Module):
+    """Merged QKV, fused q/k norm + rotary + KV write, paged attention, output product."""
+
+    def __init__(self, attention: Any, gemma: bool):
+        super().__init__()
+        self.paged: PagedLayer = attention.paged
+        self.qkv = Linear.merge([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.out = Linear.merge([attention.o_proj])
+        self.ops = get_ops(self.out.weight.device)
+        q_norm = getattr(attention, "q_norm", None)
+        self.q_norm = None if q_norm is None else Norm(q_norm, gemma)
+        self.k_norm = None if q_norm is None else Norm(attention.k_norm, gemma)
+
+    def forward(self, x_TC: torch.Tensor, cos_MR: torch.Tensor, sin_MR: torch.Tensor) -> torch.Tensor:
+        paged, spec = self.paged, self.paged.spec
+        norms: dict[str, Any] = {}
+        if self.q_norm is not None and self.k_norm is not None:
+            norms = {"q_weight": self.q_norm.weight, "k_weight": self.k_norm.weight}
+            norms |= {"eps": self.q_norm.eps, "gemma": self.q_norm.gemma}
+        q_THD = self.ops.qk_norm_rope_write(
+            self.qkv(x_TC),
+            cos_MR,
+            sin_MR,
+            paged.meta.positions_T,
+            paged.meta.slot_mapping_T,
+            paged.cache.k_NSKD,
+            paged.cache.v_NSKD,
+            num_heads=spec.num_heads,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            **norms,
+        )
+        return self.out(paged.attend(q_THD).flatten(1))
+
+
+class FusedMLP(nn.Module):
+    """Merged gate+up, act * mul, down."""
+
+    def __init__(self, mlp: Any, kind: str):
+        super().__init__()
+        self.gate_up = Linear.merge([mlp.gate_proj, mlp.up_proj])
+        self.down = Linear.merge([mlp.down_proj])
+        self.kind = kind
+        self.ops = get_ops(self.down.weight.device)
+
+    def forward(self, x_TC: torch.Tensor) -> torch.Tensor:
+        return self.down(self.ops.act_mul(self.gate_up(x_TC), self.kind))
+
+
+class FusedLayer(nn.Module):
+    """One decoder layer. Gemma 3 norms the output of each block too, before it is added."""
+
+    def __init__(self, layer: Any, gemma: bool, kind: str):
+        super().__init__()
+        self.attention = FusedAttention(layer.self_attn, gemma)
+        self.mlp = FusedMLP(layer.mlp, kind)
+        self.pre_attention = Norm(layer.input_layernorm, gemma)
+        self.post_attention = self.post_mlp = None
+        if hasattr(layer, "pre_feedforward_layernorm"):
+            self.post_attention = Norm(layer.post_attention_layernorm, gemma)
+            self.pre_mlp = Norm(layer.pre_feedforward_layernorm, gemma)
+            self.post_mlp = Norm(layer.post_feedforward_layernorm, gemma)
+        else:
+            self.pre_mlp = Norm(layer.post_attention_layernorm, gemma)
+
+    def forward(
+        self, x_TC: torch.Tensor, residual_TC: torch.Tensor | None, cos_MR: torch.Tensor, sin_MR: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take and return (what the last block gave, the stream it is still to be added to)."""
+        x_TC, residual_TC = self.pre_attention.add(x_TC, residual_TC)
+        x_TC = self.attention(x_TC, cos_MR, sin_MR)
+        if self.post_attention is not None:
+            x_TC = self.post_attention(x_TC)
+        x_TC, residual_TC = self.pre_mlp.add(x_TC, residual_TC)
+        x_TC = self.mlp(x_TC)
+        if self.post_mlp is not None:
+            x_TC = self.post_mlp(x_TC)
+        return x_TC, residual_TC
+
+
+class FusedDecoder(nn.Module):
+    """Stands where the CausalLM has its decoder. Takes the weights over and frees the originals layer by layer."""
+
+    def __init__(self, base: Any, gemma: bool, kind: str, num_positions: int):
+        super().__init__()
+        self.embed_tokens = base.embed_tokens
+        self.norm = Norm(base.norm, gemma)
+        self.layers = nn.ModuleList()
+        for i in range(len(base.layers)):
+            self.layers.append(FusedLayer(base.layers[i], gemma, kind))
+            base.layers[i] = nn.Identity()
+        # Gemma 3 has one rotary embedding for each kind of layer, the others one in all.
+        kinds = base.config.layer_types if isinstance(base.rotary_emb.rope_type, dict) else [""] * len(self.layers)
+        tables = {kind: _rotary_tables(base, kind, num_positions) for kind in dict.fromkeys(kinds)}
+        self._tables = [tables[kind] for kind in kinds]
+
+    def forward(self, input_ids: torch.Tensor, **_: Any) -> BaseModelOutputWithPast:
+        """Token ids [1, T] to hidden states [1, T, C]; positions and all else come with the step."""
+        x_TC, residual_TC = self.embed_tokens(input_ids[0]), None
+        for layer, (cos_MR, sin_MR) in zip(self.layers, self._tables, strict=True):
+            x_TC, residual_TC = layer(x_TC, residual_TC, cos_MR, sin_MR)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm.add(x_TC, residual_TC)[0][None])
+
+
+def _rotary_tables(base: Any, kind: str, num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [M, R] from the model's own rotary module, whatever scaling it does, in the model's dtype."""
+    weight = base.embed_tokens.weight
+    positions = torch.arange(num_positions, device=weight.device)[None]
+    cos, sin = base.rotary_emb(weight.new_empty(0), positions, **({"layer_type": kind} if kind else {}))
+    return cos[0].contiguous(), sin[0].contiguous()
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def fuse(module: nn.Module, num_positions: int) -> bool:
+    """Swap the decoder inside a causal LM (after `discover`) for a fused one; False if its structure is not known.
+
+    Args:
+        num_positions: rows of the rotary tables, so the longest sequence that can run.
+    """
+    for path, base in list(module.named_modules()):
+        gemma = FUSED.get(f"{type(base).__module__}.{type(base).__qualname__}")
+        if gemma is None:
+            continue
+        config = base.config
+        kind = _ACT.get(getattr(config, "hidden_activation", None) or config.hidden_act)  # type: ignore[union-attr, arg-type]
+        linears = [part for part in base.layers.modules() if isinstance(part, nn.Linear)]  # type: ignore[union-attr]
+        if kind is None or any(type(linear) is not nn.Linear for linear in linears):
+            return False
+        parent, _, name = path.rpartition(".")
+        setattr(module.get_submodule(parent), name, FusedDecoder(base, gemma, kind, num_positions))
+        return True
+    return False

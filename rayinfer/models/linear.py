@@ -1,0 +1,49 @@
+"""A linear layer is (weights, method): how it is computed is chosen at load, not by subclassing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class LinearMethod(Protocol):
+    """How a `Linear` is computed: unquantized here; FP8, W4A16 and LoRA are other methods."""
+
+    def apply(self, layer: Linear, x_TI: torch.Tensor) -> torch.Tensor:
+        """Return [T, O]."""
+
+
+class Unquantized:
+    """y = x W^T + b in the weights' dtype."""
+
+    def apply(self, layer: Linear, x_TI: torch.Tensor) -> torch.Tensor:
+        return F.linear(x_TI, layer.weight, layer.bias)
+
+
+class Linear(nn.Module):
+    """Weights [O, I] and an optional bias [O]; the method computes. Inference only."""
+
+    def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None, method: LinearMethod | None = None):
+        super().__init__()
+        self.weight = nn.Parameter(weight_OI, requires_grad=False)
+        self.bias = None if bias_O is None else nn.Parameter(bias_O, requires_grad=False)
+        self.method = method or Unquantized()
+
+    @classmethod
+    def merge(cls, parts: Sequence[nn.Linear]) -> Linear:
+        """One layer whose output is the parts' outputs side by side. The parts' weights are freed."""
+        biases = [part.bias for part in parts]
+        assert all((bias is None) == (biases[0] is None) for bias in biases), "some parts have a bias, some not"
+        with torch.no_grad():
+            weight = torch.cat([part.weight for part in parts]) if len(parts) > 1 else parts[0].weight.data
+            bias = None if biases[0] is None else torch.cat([bias for bias in biases if bias is not None])
+        for part in parts:
+            part.weight = part.bias = None  # type: ignore[assignment]
+        return cls(weight, bias)
+
+    def forward(self, x_TI: torch.Tensor) -> torch.Tensor:
+        return self.method.apply(self, x_TI)

@@ -1,0 +1,276 @@
+"""Load a model: look at its files first, then bring the weights straight to the device.
+
+`inspect_model` reads only small files and builds the module tree without memory, so that a job is refused before any
+engine starts; `load_model` does the same and then loads.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from rayinfer.config import EngineConfig
+from rayinfer.errors import ConfigError, UnsupportedModelError, nearest
+from rayinfer.models.fused import fuse
+from rayinfer.models.model import Model, ModelInfo
+from rayinfer.models.paged import ATTENTION, WAY_OUT, discover
+from rayinfer.models.source import Source, check_weights, find_source
+
+_DYNAMIC_ROPE = ("dynamic", "longrope")  # rotary types whose angles depend on the length of the sequence
+
+
+def inspect_model(config: EngineConfig) -> ModelInfo:
+    """Check that the model can run, reading no weights: seconds, no GPU.
+
+    Raises:
+        ConfigError: files missing, cut short or pickled; unknown hf_overrides; code of the model's own needed.
+        UnsupportedModelError: an architecture that cannot run on the paged engine.
+    """
+    _, hf_config, info = _inspect(config)
+    try:
+        with torch.device("meta"):
+            module = _from_config(config, copy.deepcopy(hf_config), info.dtype)
+        discover(module)
+    except (NotImplementedError, RuntimeError):
+        pass  # some mixtures of experts route by values, which meta tensors lack: left to load_model
+    return info
+
+
+def load_model(config: EngineConfig) -> Model:
+    """Load the model to its device, with paged attention, and fused if config.fuse and its structure is known.
+
+    Raises:
+        ConfigError, UnsupportedModelError: as inspect_model, and for weights that do not fit the architecture.
+    """
+    source, hf_config, info = _inspect(config)
+    device = resolve_device(config)
+    if config.load_format == "dummy":
+        module = _dummy(config, hf_config, info.dtype, device)
+    else:
+        module = _pretrained(config, source, hf_config, info.dtype, device)
+    module.eval().requires_grad_(False)
+    _freeze_rope(module)
+    state = discover(module)
+    num_positions = config.max_model_len or info.max_position_embeddings
+    assert num_positions is not None, "_inspect() wants one of them"
+    fused = config.fuse and fuse(module, num_positions)
+    return Model(info, module, state, fused)
+
+
+def resolve_device(config: EngineConfig) -> torch.device:
+    """The torch device that config.device names; "auto" is a GPU if there is one."""
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(config.device)
+    except RuntimeError:
+        raise ConfigError(f"device = {config.device!r}: want auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device = {config.device!r}: torch sees no GPU here")
+    return device
+
+
+def _inspect(config: EngineConfig) -> tuple[Source, PreTrainedConfig, ModelInfo]:
+    source = find_source(config.model, config.revision)
+    if config.load_format == "dummy" and (source.gguf_file or not source.local):
+        raise ConfigError(f"model = {config.model!r}: load_format dummy wants a local folder with a config.json")
+    hf_config = _override(_read_config(config, source), config.hf_overrides)
+    architecture = _check_architecture(config, hf_config)
+    if config.load_format != "dummy":
+        check_weights(source)
+    text = hf_config.get_text_config()
+    generation = _generation_config(source, hf_config)
+    eos = {id for part in (generation, text) for id in _as_ids(getattr(part, "eos_token_id", None))}
+    info = ModelInfo(
+        architecture=architecture,
+        model_type=hf_config.model_type,
+        vocab_size=text.vocab_size,
+        max_position_embeddings=getattr(text, "max_position_embeddings", None),
+        eos_token_ids=tuple(sorted(eos)),
+        bos_token_id=next(iter(_as_ids(getattr(text, "bos_token_id", None))), None),
+        pad_token_id=getattr(text, "pad_token_id", None),
+        dtype=_dtype(config, text),
+        num_layers=text.num_hidden_layers,
+        hidden_size=text.hidden_size,
+    )
+    _check_length(config, text, info)
+    return source, hf_config, info
+
+
+def _read_config(config: EngineConfig, source: Source) -> PreTrainedConfig:
+    try:
+        if source.gguf_file is not None:
+            stat = (Path(source.path) / source.gguf_file).stat()
+            return copy.deepcopy(_read_gguf_config(source, stat.st_mtime_ns, stat.st_size))
+        return AutoConfig.from_pretrained(
+            source.path, trust_remote_code=config.trust_remote_code, **source.hub_kwargs()
+        )
+    except Exception as error:  # transformers, the hub and parsers raise what they like; the text is what helps
+        reason = str(error).strip().split("\n")[0]
+        if "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"model = {config.model!r}: needs Python code from its own folder; read that code, then set "
+                "trust_remote_code=True"
+            ) from None
+        kind = UnsupportedModelError if "architecture" in str(error) else ConfigError
+        raise kind(f"model = {config.model!r}: its config cannot be read: {reason}") from error
+
+
+@functools.lru_cache(maxsize=4)
+def _read_gguf_config(source: Source, mtime_ns: int, size: int) -> PreTrainedConfig:
+    """Cached, because reading a GGUF's metadata takes seconds; the times tell a changed file."""
+    return AutoConfig.from_pretrained(source.path, **source.hub_kwargs())
+
+
+def _override(hf_config: PreTrainedConfig, overrides: dict[str, Any]) -> PreTrainedConfig:
+    """Replace config fields; a mapping is merged into the mapping that is there."""
+    if not overrides:
+        return hf_config
+    values = hf_config.to_dict()
+    for key, value in overrides.items():
+        if key not in values:
+            raise ConfigError(f"hf_overrides: {type(hf_config).__name__} has no field {key!r}{nearest(key, values)}")
+        old = values[key]
+        values[key] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
+    kinds = values.get("layer_types")
+    if kinds and "layer_types" not in overrides:
+        values["layer_types"] = kinds[: values["num_hidden_layers"]]
+    try:
+        return type(hf_config).from_dict(values)
+    except Exception as error:  # the config classes validate themselves, each in its way
+        raise ConfigError(f"hf_overrides = {overrides}: {type(hf_config).__name__} refuses them: {error}") from error
+
+
+def _check_architecture(config: EngineConfig, hf_config: PreTrainedConfig) -> str:
+    """Name of the class that will run the model, if it can be told to page its attention."""
+    kind = hf_config.model_type
+    if getattr(hf_config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"model_type {kind!r} is an encoder-decoder; {WAY_OUT}")
+    quantization = getattr(hf_config, "quantization_config", None)
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise UnsupportedModelError(
+            f"model = {config.model!r}: weights quantized by {method!r} are not supported; use the unquantized model"
+        )
+    if config.trust_remote_code and "AutoModelForCausalLM" in (getattr(hf_config, "auto_map", None) or {}):
+        return hf_config.auto_map["AutoModelForCausalLM"].split(".")[-1]
+    if type(hf_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedModelError(
+            f"model_type {kind!r} ({type(hf_config).__name__}) is not a causal language model; {WAY_OUT}"
+        )
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)]
+    if not model_class._supports_attention_backend:
+        raise UnsupportedModelError(
+            f"{model_class.__name__} does not route its attention through transformers' AttentionInterface; {WAY_OUT}"
+        )
+    return model_class.__name__
+
+
+def _check_length(config: EngineConfig, text: PreTrainedConfig, info: ModelInfo) -> None:
+    limit = info.max_position_embeddings
+    if limit is None and config.max_model_len is None:
+        raise ConfigError(f"max_model_len: {info.architecture} names no limit of its own; set max_model_len")
+    if limit is not None and config.max_model_len is not None and config.max_model_len > limit:
+        raise ConfigError(
+            f"max_model_len = {config.max_model_len}: {config.model!r} takes {limit} tokens at most (to stretch it, "
+            "override max_position_embeddings and rope_parameters with hf_overrides)"
+        )
+    rope = getattr(text, "rope_parameters", None) or {}
+    for values in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        if values.get("rope_type") in _DYNAMIC_ROPE:
+            static = values.get("original_max_position_embeddings") or limit or 0
+            wanted = config.max_model_len or limit or 0
+            if wanted > static:
+                raise UnsupportedModelError(
+                    f"rope_type {values['rope_type']!r} changes with the length of a sequence beyond {static} tokens, "
+                    f"which is not supported; set max_model_len={static} or less (now {wanted})"
+                )
+
+
+def _generation_config(source: Source, hf_config: PreTrainedConfig) -> GenerationConfig:
+    if source.gguf_file is None:
+        try:
+            return GenerationConfig.from_pretrained(source.path, **source.hub_kwargs())
+        except OSError:
+            pass  # many models have none
+    return GenerationConfig.from_model_config(hf_config)
+
+
+def _as_ids(value: int | list[int] | None) -> list[int]:
+    return [] if value is None else [value] if isinstance(value, int) else list(value)
+
+
+def _dtype(config: EngineConfig, text: PreTrainedConfig) -> torch.dtype:
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    if resolve_device(config).type == "cpu":
+        return torch.float32
+    dtype = text.dtype if isinstance(text.dtype, torch.dtype) else getattr(torch, text.dtype or "float32")
+    return torch.bfloat16 if dtype == torch.float32 else dtype
+
+
+def _from_config(config: EngineConfig, hf_config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:
+    return AutoModelForCausalLM.from_config(
+        hf_config, dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=config.trust_remote_code
+    )
+
+
+def _pretrained(
+    config: EngineConfig, source: Source, hf_config: PreTrainedConfig, dtype: torch.dtype, device: torch.device
+) -> nn.Module:
+    try:
+        module, report = AutoModelForCausalLM.from_pretrained(
+            source.path,
+            config=hf_config,
+            dtype=dtype,
+            device_map=None if device.type == "cpu" else {"": device},
+            attn_implementation=ATTENTION,
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=None if source.gguf_file else True,
+            output_loading_info=True,
+            **source.hub_kwargs(),
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"model = {config.model!r}: cannot be loaded: {error}") from error
+    if report["missing_keys"] or report["mismatched_keys"]:
+        names = sorted(str(key) for key in (report["missing_keys"] or report["mismatched_keys"]))
+        raise ConfigError(
+            f"model = {config.model!r}: its weights do not fit {type(module).__name__}: {len(names)} tensors are "
+            f"missing or of another shape, {names[0]} first"
+        )
+    return module
+
+
+def _dummy(config: EngineConfig, hf_config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """Normal(0, 0.02) weights from a fixed seed, made on the device; norms as transformers initialises them."""
+    with init_empty_weights(include_buffers=False):
+        module: Any = _from_config(config, hf_config, dtype)
+    generator = torch.Generator(device).manual_seed(0)
+    for part in module.modules():
+        for name, weight in list(part.named_parameters(recurse=False)):
+            filled = torch.empty(weight.shape, dtype=weight.dtype, device=device).normal_(0, 0.02, generator=generator)
+            part.register_parameter(name, nn.Parameter(filled, requires_grad=False))
+        if "Norm" in type(part).__name__:
+            module._init_weights(part)
+    module.tie_weights()
+    return module.to(device)
+
+
+def _freeze_rope(module: nn.Module) -> None:
+    """Lengths were checked to stay where dynamic rotary angles are constant: spare the check, a device sync a step."""
+    for part in module.modules():
+        kind = getattr(part, "rope_type", None)
+        if isinstance(kind, dict):
+            part.rope_type = {key: "default" if value in _DYNAMIC_ROPE else value for key, value in kind.items()}  # type: ignore[assignment]
+        elif kind in _DYNAMIC_ROPE:
+            part.rope_type = "default"  # type: ignore[assignment]

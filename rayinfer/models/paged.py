@@ -1,0 +1,180 @@
+"""Route transformers' attention to the paged backends, and find out what attention a model does.
+
+transformers calls the function registered under ATTENTION for every attention module. The function hands on to the
+module's `paged` attribute: a `_Recorder` while the model is looked at, a `PagedLayer` afterwards. No mask function is
+registered under that name, so transformers builds no masks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+
+from rayinfer.attention.base import AttentionBackend, LayerCache, LayerSpec, StepMeta
+from rayinfer.errors import UnsupportedModelError
+
+ATTENTION = "rayinfer_paged"
+WAY_OUT = "rayinfer runs decoders whose every layer is causal softmax attention over its own keys and values"
+# What models pass beside (query, key, value) that does not change the result here. Anything else refuses the model.
+_HARMLESS = {"dropout", "is_causal", "position_ids", "position_embeddings", "past_key_values", "cache_position"}
+_HARMLESS |= {"use_cache", "return_dict", "output_attentions", "output_hidden_states", "output_router_logits"}
+
+
+@dataclass(eq=False)
+class PagedState:
+    """What all attention layers of one model share: caches and backends once, `meta` anew for every step."""
+
+    specs: list[LayerSpec]
+    caches: list[LayerCache] = field(default_factory=list)
+    prefill: AttentionBackend | None = None
+    decode: AttentionBackend | None = None
+    meta: StepMeta | None = None
+
+
+class PagedLayer:
+    """The paged attention of one layer."""
+
+    def __init__(self, state: PagedState, layer: int):
+        self.state = state
+        self.spec = state.specs[layer]
+
+    @property
+    def meta(self) -> StepMeta:
+        assert self.state.meta is not None, "forward() sets the step"
+        return self.state.meta
+
+    @property
+    def cache(self) -> LayerCache:
+        return self.state.caches[self.spec.layer]
+
+    def attend(self, q_THD: torch.Tensor) -> torch.Tensor:
+        """Attend to the cache, which holds this step's keys and values already. Returns [T, H, D], contiguous."""
+        state, meta = self.state, self.meta
+        assert state.prefill is not None, "bind() comes first"
+        assert state.decode is not None, "bind() comes first"
+        out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
+        if meta.num_decodes:
+            state.decode.decode(q_THD, self.cache, self.spec, meta, out_THD)
+        if meta.seq_lens_R.shape[0] > meta.num_decodes:
+            state.prefill.prefill(q_THD, self.cache, self.spec, meta, out_THD)
+        return out_THD
+
+    def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: Any) -> torch.Tensor:
+        """transformers' layout: query [1, H, T, D], key and value [1, K, T, D]; returns [1, T, H, D]."""
+        assert self.state.prefill is not None, "bind() comes first"
+        q_THD, k_TKD, v_TKD = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
+        self.state.prefill.write(k_TKD, v_TKD, self.cache, self.meta)
+        return self.attend(q_THD)[None]
+
+
+class _Recorder:
+    """Stands in for the attention of one module in a first forward, and notes what is asked for."""
+
+    def __init__(self, calls: list[tuple[nn.Module, LayerSpec]]):
+        self.calls = calls
+
+    def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        module = kwargs.pop("module")
+        scaling = kwargs.pop("scaling", None)
+        window = kwargs.pop("sliding_window", None)
+        softcap = kwargs.pop("softcap", None)
+        mask = kwargs.pop("attention_mask", None)
+        name = type(module).__name__
+        unknown = sorted(key for key, value in kwargs.items() if value is not None and key not in _HARMLESS)
+        if unknown:
+            raise UnsupportedModelError(f"{name} wants {', '.join(unknown)} of its attention, which is not supported")
+        if mask is not None:
+            raise UnsupportedModelError(f"{name} brings its own attention mask; {WAY_OUT}")
+        if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+            raise UnsupportedModelError(f"{name} is not causal; {WAY_OUT}")
+        if key.shape != value.shape or key.shape[-1] != query.shape[-1]:
+            raise UnsupportedModelError(
+                f"{name} has heads of different sizes: query {query.shape[-1]}, key {key.shape[-1]}, value "
+                f"{value.shape[-1]} (multi-head latent attention, perhaps), which is not supported"
+            )
+        if key.shape[-2] != query.shape[-2]:
+            raise UnsupportedModelError(f"{name} attends to other tokens than its own; {WAY_OUT}")
+        if any(module is other for other, _ in self.calls):
+            raise UnsupportedModelError(f"{name} is one module used as several layers, which is not supported")
+        head_dim = query.shape[-1]
+        spec = LayerSpec(
+            layer=len(self.calls),
+            num_heads=query.shape[1],
+            num_kv_heads=key.shape[1],
+            head_dim=head_dim,
+            scale=float(head_dim**-0.5 if scaling is None else scaling),
+            sliding_window=window or None,
+            softcap=softcap or None,
+        )
+        self.calls.append((module, spec))
+        return query.new_zeros(query.shape).transpose(1, 2)
+
+
+def _paged_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    out = module.paged(query, key, value, attention_mask=attention_mask, module=module, **kwargs)  # type: ignore[operator]
+    return out, None
+
+
+AttentionInterface.register(ATTENTION, _paged_attention)
+
+
+@torch.inference_mode()
+def discover(module: nn.Module) -> PagedState:
+    """Run two tokens through a causal LM (on any device, meta too) and return the attention of its layers.
+
+    Afterwards each attention module carries its `PagedLayer` as `.paged`.
+
+    Raises:
+        UnsupportedModelError: naming the class and what about its attention is not supported.
+    """
+    calls: list[tuple[nn.Module, LayerSpec]] = []
+    modules = list(module.modules())
+    recorder = _Recorder(calls)
+    for part in modules:
+        part.paged = recorder  # type: ignore[assignment]
+    device = next(module.parameters()).device
+    tokens = torch.zeros((1, 2), dtype=torch.int64, device=device)
+    try:
+        module(input_ids=tokens, position_ids=torch.arange(2, device=device)[None], use_cache=False)
+    finally:
+        for part in modules:
+            del part.paged
+    config = module.config.get_text_config()  # type: ignore[operator, union-attr]
+    _check_layers(type(module).__name__, config, [spec for _, spec in calls])
+    state = PagedState([spec for _, spec in calls])
+    for part, spec in calls:
+        part.paged = PagedLayer(state, spec.layer)  # type: ignore[assignment]
+    return state
+
+
+def _check_layers(name: str, config: Any, specs: list[LayerSpec]) -> None:
+    """Compare the attention that was seen with what the config promises."""
+    num_layers = config.num_hidden_layers
+    if len(specs) != num_layers:
+        raise UnsupportedModelError(
+            f"{name}: {len(specs)} of {num_layers} layers route their attention through transformers' "
+            f"AttentionInterface; {WAY_OUT}"
+        )
+    if getattr(config, "num_kv_shared_layers", None):
+        raise UnsupportedModelError(f"{name} shares keys and values between layers; {WAY_OUT}")
+    kinds = getattr(config, "layer_types", None) or []
+    strange = sorted(set(kinds) - {"full_attention", "sliding_attention"})
+    if strange or (getattr(config, "attention_chunk_size", None) and not kinds):
+        raise UnsupportedModelError(f"{name} has layers of kind {', '.join(strange) or 'chunked_attention'}; {WAY_OUT}")
+    for spec, kind in zip(specs, kinds, strict=False):
+        if (kind == "sliding_attention") != (spec.sliding_window is not None):
+            raise UnsupportedModelError(
+                f"{name}: layer {spec.layer} is {kind} by its config, but asks its attention for "
+                f"sliding_window={spec.sliding_window}, which is not supported"
+            )

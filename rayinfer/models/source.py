@@ -1,0 +1,143 @@
+"""Where a model comes from, and whether its files are all there: checked before anything is loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from rayinfer.errors import ConfigError
+
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A local folder, a hub id, or one .gguf file (then `path` is its folder)."""
+
+    path: str
+    gguf_file: str | None = None
+    revision: str | None = None
+
+    @property
+    def local(self) -> bool:
+        return os.path.isdir(self.path)
+
+    def hub_kwargs(self) -> dict[str, str]:
+        """Keyword arguments that transformers' from_pretrained wants beside the path."""
+        kwargs = {"gguf_file": self.gguf_file, "revision": None if self.local else self.revision}
+        return {key: value for key, value in kwargs.items() if value is not None}
+
+
+def find_source(model: str, revision: str | None = None) -> Source:
+    """Say what kind of source `model` names.
+
+    Raises:
+        ConfigError: the folder or file is missing, or a GGUF file cannot be read here.
+    """
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ConfigError(f"model = {model!r}: no such file (a .gguf is a local file; download it first)")
+        missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+        if missing:
+            raise ConfigError(
+                f"model = {model!r}: a .gguf needs the package {' and '.join(missing)}: pip install 'rayinfer[gguf]'"
+            )
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise ConfigError(f"model = {model!r}: not a GGUF file (it does not begin with the bytes GGUF)")
+        return Source(str(path.parent), path.name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConfigError(
+                f"model = {model!r}: the folder has no config.json; want a folder that save_pretrained wrote, "
+                "or one .gguf file"
+            )
+        return Source(str(path))
+    if path.exists():
+        raise ConfigError(f"model = {model!r}: a file, but not a .gguf; want a folder, a hub id or a .gguf file")
+    if path.is_absolute() or model.startswith(("./", "../", "~")) or model.count("/") != 1:
+        raise ConfigError(f"model = {model!r}: no such folder, and not a hub id (organisation/name)")
+    return Source(model, revision=revision)
+
+
+def check_weights(source: Source) -> None:
+    """Check that every weight file is there and whole, without reading weights.
+
+    Raises:
+        ConfigError: a missing or truncated file, named; or only pickled weights, which are never loaded.
+    """
+    if source.gguf_file is not None:
+        return  # transformers parses its tensor table when it reads the config
+    if not source.local:
+        _check_hub(source)
+        return
+    folder = Path(source.path)
+    if (folder / _WEIGHTS).is_file():
+        _check_shard(folder / _WEIGHTS, [])
+    elif (folder / _INDEX).is_file():
+        _check_shards(folder)
+    elif pickles := sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES):
+        raise ConfigError(
+            f"model = {source.path!r}: has only pickled weights ({pickles[0]}), which can run any code when loaded; "
+            "convert them to safetensors: load them where you trust them, then save_pretrained()"
+        )
+    else:
+        raise ConfigError(f"model = {source.path!r}: has no weights; want {_WEIGHTS} or {_INDEX} and its shards")
+
+
+def _check_shards(folder: Path) -> None:
+    try:
+        weight_map: dict[str, str] = json.loads((folder / _INDEX).read_text())["weight_map"]
+    except (ValueError, KeyError) as error:
+        raise ConfigError(f"model file {folder / _INDEX} cannot be read: {error!r}; download it again") from None
+    names = sorted(set(weight_map.values()))
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise ConfigError(
+            f"model = {str(folder)!r}: {len(missing)} of {len(names)} weight files that {_INDEX} names are missing: "
+            f"{', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}"
+        )
+    for name in names:
+        _check_shard(folder / name, [tensor for tensor, shard in weight_map.items() if shard == name])
+
+
+def _check_shard(path: Path, tensors: list[str]) -> None:
+    """Compare a safetensors file's header with its size and with the tensors it should hold."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            (header_size,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(header_size)) if header_size < size else {}
+        header.pop("__metadata__", None)
+        wanted = 8 + header_size + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (struct.error, ValueError, KeyError, TypeError):
+        raise ConfigError(f"model file {path}: not a safetensors file or cut short ({size} bytes)") from None
+    if size != wanted:
+        raise ConfigError(f"model file {path}: {size} bytes, but its header says {wanted}; download it again")
+    absent = [tensor for tensor in tensors if tensor not in header]
+    if absent:
+        raise ConfigError(f"model file {path}: lacks tensor {absent[0]!r}, which {_INDEX} says it holds")
+
+
+def _check_hub(source: Source) -> None:
+    """The weights are in the cache, or the hub has them as safetensors."""
+    from huggingface_hub import file_exists, try_to_load_from_cache
+
+    names = (_INDEX, _WEIGHTS)
+    if any(isinstance(try_to_load_from_cache(source.path, name, revision=source.revision), str) for name in names):
+        return
+    try:
+        found = any(file_exists(source.path, name, revision=source.revision) for name in names)
+    except Exception as error:  # whatever a network gives
+        raise ConfigError(
+            f"model = {source.path!r}: its weights are not in the cache and the hub cannot be asked: {error}"
+        ) from None
+    if not found:
+        raise ConfigError(f"model = {source.path!r}: the hub has no safetensors weights for it; pickles are not loaded")
