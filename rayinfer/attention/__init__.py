@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import torch
+from torch import device as Device
 
 from rayinfer.attention.base import AttentionBackend, LayerCache, LayerSpec, StepMeta
 
 __all__ = ["AttentionBackend", "LayerCache", "LayerSpec", "StepMeta", "get_backend"]
 
 
-def get_backend(name: str, device: torch.device) -> AttentionBackend:
+def get_backend(name: str, device: Device) -> AttentionBackend:
     """The backend called `name`; "auto" is triton on a GPU and torch on a CPU."""
     if name == "triton" or (name == "auto" and device.type == "cuda"):
         from rayinfer.attention.triton import TritonBackend

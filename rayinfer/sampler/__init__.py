@@ -13,9 +13,9 @@ def get_sampler(device: torch.device) -> ModuleType:
         from rayinfer.kernels import sampling
 
         return sampling
-    from rayinfer.sampler import torch as torch_sampler
+    from rayinfer.sampler import reference
 
-    return torch_sampler
+    return reference
 
 
 def logprobs(logits_RV: torch.Tensor, token_R: torch.Tensor, num_top: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,281 @@
+"""The engine: schedule step N + 1, launch it, then read step N.
+
+This file carries the idea; what a step holds is in scheduler.py, who owns the KV in kv_cache.py, how a step is carried
+out in runner/. The engine knows nothing of Ray, and one thread drives it (`engine_thread.EngineThread` for many).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+
+from rayinfer.attention import get_backend
+from rayinfer.config import EngineConfig
+from rayinfer.errors import ConfigError, ErrorType, RowError
+from rayinfer.inputs import EncodedRow, InputProcessor, check_length
+from rayinfer.kv_cache import BlockPool
+from rayinfer.models.load import load_model
+from rayinfer.request import CompletionOutput, Logprob, Request, RequestOutput
+from rayinfer.runner import Runner, StepHandle, StepResult
+from rayinfer.runner.memory import num_kv_blocks
+from rayinfer.runner.runner import TopLogprobs
+from rayinfer.scheduler import Scheduler, Step
+from rayinfer.text import final_text, find_stop_string
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_LIMITS = {"cuda": (1024, 8192), "cpu": (64, 1024)}  # max_num_seqs, max_num_batched_tokens
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Counts since the engine started; num_running, num_waiting and kv_usage (0 to 1) are of now."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_usage: float = 0.0
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_generated_tokens: int = 0
+    num_finished: int = 0
+    num_failed: int = 0
+    num_preemptions: int = 0
+    num_steps: int = 0
+
+
+class Engine:
+    """One replica: a model, its KV cache and the loop over them.
+
+    Raises:
+        ConfigError: the model or a limit in `config` cannot be used.
+    """
+
+    def __init__(self, config: EngineConfig):
+        self.config = config
+        self.model = load_model(config)
+        self.device, self.info = self.model.device, self.model.info
+        if self.device.type == "cpu":
+            torch.set_num_threads(config.num_threads or _num_cores())
+        self.inputs = InputProcessor(config)
+        self.tokenizer = self.inputs.tokenizer
+        max_num_seqs, max_num_batched_tokens = DEFAULT_LIMITS[self.device.type]
+        self.max_num_seqs = config.max_num_seqs or max_num_seqs
+        self.max_num_batched_tokens = config.max_num_batched_tokens or max_num_batched_tokens
+        self.max_model_len = self.inputs.max_model_len
+        prefill, decode = (get_backend(name, self.device) for name in (config.prefill_backend, config.decode_backend))
+        for spec in self.model.specs:
+            for backend in (prefill, decode):
+                backend.check(spec, self.model.dtype, config.block_size)
+        self.runner = Runner(
+            self.model,
+            prefill,
+            decode,
+            max_num_seqs=self.max_num_seqs,
+            max_model_len=self.max_model_len,
+            block_size=config.block_size,
+            use_graphs=not config.enforce_eager,
+        )
+        num_blocks = num_kv_blocks(config, self.runner, self.max_num_seqs, self.max_num_batched_tokens)
+        self._fit_model_len((num_blocks - 1) * config.block_size)
+        self.runner.allocate(num_blocks)
+        self.pool = BlockPool(num_blocks, config.block_size, config.enable_prefix_caching)
+        self.scheduler = Scheduler(self.pool, self.max_num_seqs, self.max_num_batched_tokens)
+        self.stats = EngineStats()
+        self._requests: dict[str, Request] = {}
+        self._in_flight: deque[tuple[Step, StepHandle]] = deque()
+        self._num_added = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._requests)
+
+    @property
+    def request_ids(self) -> list[str]:
+        """Rows that are queued or running."""
+        return list(self._requests)
+
+    def step(self) -> list[RequestOutput]:
+        """Launch the next step, then read the one before it; returns the rows that it finished."""
+        step = self.scheduler.schedule()
+        if step is not None:
+            self._in_flight.append((step, self.runner.launch(step.plan)))
+            self.stats.num_steps += 1
+            if len(self._in_flight) <= self.runner.run_ahead:
+                return []
+        if not self._in_flight:
+            assert not self.has_work, "rows are left, none can be scheduled and no step is in flight"
+            return []
+        launched, handle = self._in_flight.popleft()
+        return self._read(launched, handle.read())
+
+    def add(self, request_id: str, row: EncodedRow) -> None:
+        """Queue a row.
+
+        Raises:
+            RowError: it cannot run on this engine. ValueError: the id is in use.
+        """
+        if request_id in self._requests:
+            raise ValueError(f"request_id = {request_id!r}: a row with this id is running")
+        check_length(len(row.prompt_token_ids), self.max_model_len)
+        params, num_prompt = row.params, len(row.prompt_token_ids)
+        if params.stop and self.tokenizer is None:
+            raise RowError(ErrorType.INVALID_SAMPLING_PARAMS, "stop: no tokenizer (skip_tokenizer_init)")
+        eos = () if params.ignore_eos else self.info.eos_token_ids
+        most = self.max_model_len - num_prompt
+        self._num_added += 1
+        request = Request(
+            request_id=request_id,
+            prompt_token_ids=row.prompt_token_ids,
+            params=params,
+            prompt=row.prompt,
+            seed=params.seed if params.seed is not None else self._row_seed(),
+            stop_token_ids=frozenset(eos) | frozenset(params.stop_token_ids),
+            max_total_tokens=num_prompt + min(params.max_tokens or most, most),
+        )
+        self._requests[request_id] = request
+        self.scheduler.add(request)
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """Take a row out now; returns it as ABORTED, or None if it is not here."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return None
+        return self._end(request, RowError(ErrorType.ABORTED, "aborted by the caller"))
+
+    def snapshot(self) -> EngineStats:
+        """The engine's counts now."""
+        stats = self.stats
+        stats.num_running, stats.num_waiting = len(self.scheduler.running), len(self.scheduler.waiting)
+        stats.kv_usage, stats.num_preemptions = self.pool.usage, self.scheduler.num_preemptions
+        return stats
+
+    def reset_prefix_cache(self) -> None:
+        """Forget cached prefixes; rows that run keep their blocks."""
+        self.pool.reset_prefix_cache()
+
+    def _read(self, step: Step, result: StepResult) -> list[RequestOutput]:
+        """Append a step's tokens to its rows."""
+        finished = []
+        self._split_prompt_logprobs(step, result.prompt_logprobs)
+        for number, (index, tokens) in enumerate(zip(step.plan.samples.tolist(), result.token_ids, strict=True)):
+            request = step.rows[index]
+            request.num_pending -= 1
+            if request.finished:
+                continue  # it ended one step ago, when this step was already on its way
+            for token in tokens.tolist():
+                if token < 0:
+                    error = RowError(ErrorType.NAN_LOGITS, "the model's logits for this row are NaN or infinite")
+                    finished.append(self._end(request, error))
+                    break
+                request.output_token_ids.append(token)
+                if request.params.logprobs is not None and result.logprobs is not None:
+                    request.output_logprobs.append(
+                        self._logprob_entry(result.logprobs, number, token, request.params.logprobs)
+                    )
+                if self._ends(request, token):
+                    finished.append(self._end(request))
+                    break
+        return finished
+
+    def _ends(self, request: Request, token: int) -> bool:
+        """Set finish_reason if this token is the row's last."""
+        if len(request.output_token_ids) >= request.params.min_tokens:
+            if token in request.stop_token_ids:
+                request.finish_reason = "stop"
+                request.stop_reason = token if token not in self.info.eos_token_ids else None
+                return True
+            if request.params.stop:
+                request.stop_reason = find_stop_string(self.tokenizer, request)
+                if request.stop_reason is not None:
+                    request.finish_reason = "stop"
+                    return True
+        if request.num_known_tokens >= request.max_total_tokens:
+            request.finish_reason = "length"
+        return request.finished
+
+    def _end(self, request: Request, error: RowError | None = None) -> RequestOutput:
+        """Free what a row holds and make its output."""
+        if error is not None:
+            request.fail(error)
+        self.scheduler.finish(request, forget=request.error_type == ErrorType.NAN_LOGITS)
+        del self._requests[request.request_id]
+        stats, params = self.stats, request.params
+        stats.num_finished += 1
+        stats.num_failed += request.error_type is not None
+        stats.num_prompt_tokens += request.num_prompt_tokens
+        stats.num_cached_tokens += max(request.num_cached_tokens, 0)
+        stats.num_generated_tokens += len(request.output_token_ids)
+        wants_text = self.tokenizer is not None and params.detokenize and request.error_type is None
+        completion = CompletionOutput(
+            index=0,
+            text=final_text(self.tokenizer, request) if wants_text else "",
+            token_ids=request.output_token_ids,
+            logprobs=request.output_logprobs if params.logprobs is not None else None,
+            finish_reason=request.finish_reason,
+            stop_reason=request.stop_reason,
+        )
+        if completion.logprobs is not None:
+            pairs = zip(completion.logprobs, completion.token_ids, strict=True)
+            completion.cumulative_logprob = sum(entry[token].logprob for entry, token in pairs)
+        return RequestOutput(
+            request_id=request.request_id,
+            prompt=request.prompt,
+            prompt_token_ids=request.prompt_token_ids,
+            outputs=[completion],
+            num_cached_tokens=max(request.num_cached_tokens, 0),
+            prompt_logprobs=request.prompt_logprobs if params.prompt_logprobs is not None else None,
+            error_type=request.error_type,
+            error_message=request.error_message,
+        )
+
+    def _split_prompt_logprobs(self, step: Step, tops: TopLogprobs | None) -> None:
+        """Give prompt log-probabilities to the rows whose chunks they belong to."""
+        if tops is None:
+            return
+        plan, row, end = step.plan, -1, 0
+        for number, (token_index, target) in enumerate(plan.prompt_targets.tolist()):
+            while token_index >= end:
+                row += 1
+                end += int(plan.num_new[row])
+            request = step.rows[row]
+            if not request.prompt_logprobs:
+                request.prompt_logprobs.append(None)  # nothing comes before the first token
+            if len(request.prompt_logprobs) < request.num_prompt_tokens:  # a preempted row computes some again
+                num_top = request.params.prompt_logprobs or 0
+                request.prompt_logprobs.append(self._logprob_entry(tops, number, target, num_top))
+
+    def _logprob_entry(self, tops: TopLogprobs, number: int, token: int, num_top: int) -> dict[int, Logprob]:
+        """{token: Logprob} of the given token and the `num_top` likeliest."""
+        values, ids = tops.values[number].tolist(), tops.ids[number].tolist()
+        entry = {token: Logprob(values[0], int(values[1]))}
+        for rank, (other, value) in enumerate(zip(ids[:num_top], values[2:], strict=False), start=1):
+            entry.setdefault(other, Logprob(value, rank))
+        if self.tokenizer is not None:
+            for other, logprob in entry.items():
+                logprob.decoded_token = self.tokenizer.decode([other])
+        return entry
+
+    def _row_seed(self) -> int:
+        """A stream of its own for a row that brings no seed, the same in every run of the same rows."""
+        return (self.config.seed * 0x9E3779B97F4A7C15 + self._num_added) % 2**63
+
+    def _fit_model_len(self, capacity: int) -> None:
+        """Rows may not be longer than the KV cache: lower the model's own limit, refuse an asked-for one."""
+        if self.max_model_len <= capacity:
+            return
+        if self.config.max_model_len is not None:
+            raise ConfigError(
+                f"max_model_len = {self.max_model_len}: the KV cache holds {capacity} tokens; lower max_model_len, or "
+                f"give the cache more memory (gpu_memory_utilization, cpu_kv_cache_gib, num_gpu_blocks_override)"
+            )
+        logger.warning("max_model_len lowered from %d to the KV cache's %d tokens", self.max_model_len, capacity)
+        self.max_model_len = capacity
+
+
+def _num_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

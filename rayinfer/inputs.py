@@ -1,0 +1,239 @@
+"""From a row to token ids: chat template, tokenizer, limits. Needs no weights, so it runs on any CPU."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from rayinfer.config import EngineConfig
+from rayinfer.errors import ConfigError, ErrorType, RowError
+from rayinfer.models.load import inspect_model
+from rayinfer.sampling import SamplingParams
+
+INPUT_KEYS = ("messages", "prompt", "prompt_token_ids")
+
+
+@dataclass(slots=True)
+class EncodedRow:
+    """A row that an engine can take. `prompt` is the text that was tokenized, None if the row brought ids."""
+
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    prompt: str | None = None
+
+
+def load_tokenizer(config: EngineConfig) -> PreTrainedTokenizerBase | None:
+    """The model's tokenizer, or None with skip_tokenizer_init.
+
+    Raises:
+        ConfigError: there is none where the config points.
+    """
+    if config.skip_tokenizer_init:
+        return None
+    source, extra = config.tokenizer or config.model, {}
+    if source.endswith(".gguf"):
+        path = Path(source)
+        source, extra = str(path.parent), {"gguf_file": path.name}
+    try:
+        return AutoTokenizer.from_pretrained(
+            source, revision=config.revision, trust_remote_code=config.trust_remote_code, **extra
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"tokenizer = {config.tokenizer or config.model!r}: cannot be loaded ({error}); give `tokenizer`, or "
+            f"skip_tokenizer_init=True if rows bring prompt_token_ids"
+        ) from error
+
+
+class InputProcessor:
+    """Turns rows into EncodedRows; a row that cannot be turned costs only itself.
+
+    Args:
+        config: the engine's; its max_model_len (or the model's own) bounds prompts.
+        chat_template: instead of the tokenizer's own. chat_template_kwargs: passed to it.
+
+    Raises:
+        ConfigError: the model folder or tokenizer cannot be used.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ):
+        self.info = inspect_model(config)
+        self.tokenizer = load_tokenizer(config)
+        max_model_len = config.max_model_len or self.info.max_position_embeddings
+        assert max_model_len is not None, "inspect_model refuses a model without a limit"
+        self.max_model_len = max_model_len
+        self._chat_template = chat_template
+        self._chat_template_kwargs = dict(chat_template_kwargs or {})
+
+    def with_template(
+        self, chat_template: str | None, chat_template_kwargs: Mapping[str, Any] | None
+    ) -> InputProcessor:
+        """The same tokenizer and limits with another chat template."""
+        other = copy.copy(self)
+        other._chat_template, other._chat_template_kwargs = chat_template, dict(chat_template_kwargs or {})
+        return other
+
+    def encode(self, row: Mapping[str, Any]) -> EncodedRow:
+        """Encode one row. Raises RowError with the type that its error column gets."""
+        result = self.encode_batch([row])[0]
+        if isinstance(result, RowError):
+            raise result
+        return result
+
+    def encode_batch(self, rows: Sequence[Mapping[str, Any]]) -> list[EncodedRow | RowError]:
+        """Encode rows, tokenizing all texts in one call. The results are in the order of the rows.
+
+        A row has exactly one of `messages`, `prompt`, `prompt_token_ids` that is not None, and may have
+        `sampling_params`.
+        """
+        results: list[EncodedRow | RowError | None] = [None] * len(rows)
+        texts: dict[bool, list[tuple[int, str, SamplingParams]]] = {True: [], False: []}
+        for index, row in enumerate(rows):
+            try:
+                params = SamplingParams.from_row(_plain(row.get("sampling_params")))
+                kind, value = self._input_of(row)
+                if kind == "prompt_token_ids":
+                    results[index] = self._checked(self._ids(value), params, None)
+                else:
+                    text = self._text(value) if kind == "prompt" else self._render(value)
+                    texts[kind == "prompt"].append((index, text, params))
+            except RowError as error:
+                results[index] = error
+        for add_special_tokens, entries in texts.items():
+            ids_of = self._tokenize([text for _, text, _ in entries], add_special_tokens)
+            for (index, text, params), ids in zip(entries, ids_of, strict=True):
+                try:
+                    results[index] = ids if isinstance(ids, RowError) else self._checked(ids, params, text)
+                except RowError as error:
+                    results[index] = error
+        return [result for result in results if result is not None]
+
+    def _input_of(self, row: Mapping[str, Any]) -> tuple[str, Any]:
+        given = [key for key in INPUT_KEYS if row.get(key) is not None]
+        if len(given) != 1:
+            state = "all None or missing" if not given else f"{' and '.join(given)} are both set"
+            raise RowError(ErrorType.INVALID_PROMPT, f"a row needs one of {', '.join(INPUT_KEYS)}: {state}")
+        if given[0] != "prompt_token_ids" and self.tokenizer is None:
+            raise RowError(
+                ErrorType.INVALID_PROMPT, f"{given[0]}: no tokenizer (skip_tokenizer_init); give prompt_token_ids"
+            )
+        return given[0], row[given[0]]
+
+    def _text(self, value: Any) -> str:
+        if not isinstance(value, str):
+            raise RowError(ErrorType.INVALID_PROMPT, f"prompt: want a string, got {type(value).__name__}")
+        if not value:
+            raise RowError(ErrorType.INVALID_PROMPT, "prompt: is empty")
+        return value
+
+    def _ids(self, value: Any) -> list[int]:
+        try:
+            ids = np.asarray(value)
+        except ValueError:  # ragged
+            ids = np.zeros((0, 0))
+        if ids.ndim != 1 or not ids.size or ids.dtype.kind not in "iu":
+            raise RowError(ErrorType.INVALID_PROMPT, "prompt_token_ids: want a list of integers that is not empty")
+        wrong = ids[(ids < 0) | (ids >= self.info.vocab_size)]
+        if wrong.size:
+            raise RowError(
+                ErrorType.INVALID_TOKEN_IDS,
+                f"prompt_token_ids: {wrong[0]} is out of the vocabulary, 0 to {self.info.vocab_size - 1}",
+            )
+        return ids.tolist()
+
+    def _render(self, value: Any) -> str:
+        """Chat template over checked messages."""
+        messages = _plain(value)
+        if not isinstance(messages, list) or not messages:
+            raise RowError(ErrorType.INVALID_PROMPT, "messages: want a list of {role, content} that is not empty")
+        for number, message in enumerate(messages):
+            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+                raise RowError(ErrorType.INVALID_PROMPT, f"messages[{number}]: want a mapping with a string `role`")
+            content = message.get("content")
+            if isinstance(content, list):
+                content = message["content"] = self._joined(content, number)
+            if not isinstance(content, str):
+                raise RowError(
+                    ErrorType.INVALID_PROMPT, f"messages[{number}].content: want a string, got {type(content).__name__}"
+                )
+        assert self.tokenizer is not None
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages,
+                chat_template=self._chat_template,
+                tokenize=False,
+                add_generation_prompt=True,
+                **self._chat_template_kwargs,
+            )
+        except Exception as error:  # templates raise whatever they like
+            raise RowError(ErrorType.TEMPLATE_ERROR, f"chat template: {type(error).__name__}: {error}") from error
+        return self._text(text)
+
+    def _joined(self, parts: Iterable[Any], number: int) -> str:
+        """Content given as OpenAI-style parts; only text is taken."""
+        texts = []
+        for part in parts:
+            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                raise RowError(
+                    ErrorType.INVALID_PROMPT, f"messages[{number}].content: only parts of type text are supported"
+                )
+            texts.append(part["text"])
+        return "".join(texts)
+
+    def _tokenize(self, texts: list[str], add_special_tokens: bool) -> Sequence[list[int] | RowError]:
+        if not texts:
+            return []
+        assert self.tokenizer is not None
+        try:
+            return self.tokenizer(texts, add_special_tokens=add_special_tokens, return_attention_mask=False)[
+                "input_ids"
+            ]
+        except Exception as error:  # for example a lone surrogate, which no UTF-8 tokenizer takes
+            if len(texts) == 1:
+                return [RowError(ErrorType.INVALID_PROMPT, f"the tokenizer refused the text: {type(error).__name__}")]
+        return [self._tokenize([text], add_special_tokens)[0] for text in texts]
+
+    def _checked(self, ids: list[int], params: SamplingParams, text: str | None) -> EncodedRow:
+        if not ids:
+            raise RowError(ErrorType.INVALID_PROMPT, "the prompt has no tokens")
+        check_length(len(ids), self.max_model_len)
+        for token in params.stop_token_ids:
+            if not 0 <= token < self.info.vocab_size:
+                raise RowError(
+                    ErrorType.INVALID_SAMPLING_PARAMS,
+                    f"sampling_params: stop_token_ids: {token} is out of the vocabulary, "
+                    f"0 to {self.info.vocab_size - 1}",
+                )
+        return EncodedRow(ids, params, text)
+
+
+def check_length(num_tokens: int, max_model_len: int) -> None:
+    """Raise RowError unless the prompt leaves room for one generated token."""
+    if num_tokens >= max_model_len:
+        raise RowError(
+            ErrorType.PROMPT_TOO_LONG,
+            f"the prompt has {num_tokens} tokens; at most {max_model_len - 1} fit, with one to generate "
+            f"(max_model_len = {max_model_len})",
+        )
+
+
+def _plain(value: Any) -> Any:
+    """Undo what Arrow and numpy make of nested values; struct fields that are None count as absent."""
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return value

@@ -1,0 +1,125 @@
+"""`LLM`: the engine for a script or a notebook, with vLLM's names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from rayinfer.config import EngineConfig
+from rayinfer.engine import Engine
+from rayinfer.engine_thread import failed_output
+from rayinfer.errors import ConfigError, ErrorType, RowError
+from rayinfer.inputs import InputProcessor
+from rayinfer.request import RequestOutput
+from rayinfer.sampling import SamplingParams
+
+Prompt = str | Mapping[str, Any]
+
+
+class LLM:
+    """A model on this process's device, answering lists of prompts.
+
+    Args:
+        model: local folder, hub id, or a single .gguf file. kwargs: the other fields of EngineConfig.
+
+    Raises:
+        ConfigError: a setting or the model cannot be used.
+    """
+
+    def __init__(self, model: str, **kwargs: Any):
+        self.config = EngineConfig.parse(model=str(model), **kwargs)
+        self.engine = Engine(self.config)
+        self._num_calls = 0
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        on_error: str = "record",
+    ) -> list[RequestOutput]:
+        """Generate for each prompt; results are in the order of the prompts.
+
+        Args:
+            prompts: a string, a mapping with `prompt` or `prompt_token_ids`, or a sequence of these.
+            sampling_params: one for all prompts, or one each.
+            on_error: "record" gives a failed prompt an output with `error_type`; "raise" raises its RowError.
+        """
+        prompts = [prompts] if isinstance(prompts, str | Mapping) else prompts
+        rows = [dict(p) if isinstance(p, Mapping) else {"prompt": p} for p in prompts]
+        return self._run(rows, sampling_params, self.engine.inputs, use_tqdm, on_error)
+
+    def chat(
+        self,
+        messages: Sequence[Any],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        use_tqdm: bool = True,
+        on_error: str = "record",
+    ) -> list[RequestOutput]:
+        """Generate for one conversation (a list of {role, content}) or for a list of them."""
+        if messages and isinstance(messages[0], Mapping):
+            messages = [messages]
+        inputs = self.engine.inputs.with_template(chat_template, chat_template_kwargs)
+        return self._run([{"messages": m} for m in messages], sampling_params, inputs, use_tqdm, on_error)
+
+    def get_tokenizer(self) -> Any:
+        """The transformers tokenizer (None with skip_tokenizer_init)."""
+        return self.engine.tokenizer
+
+    def reset_prefix_cache(self) -> None:
+        """Forget cached prefixes."""
+        self.engine.reset_prefix_cache()
+
+    def _run(
+        self,
+        rows: list[dict[str, Any]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        inputs: InputProcessor,
+        use_tqdm: bool,
+        on_error: str,
+    ) -> list[RequestOutput]:
+        if on_error not in ("record", "raise"):
+            raise ConfigError(f"on_error = {on_error!r}: 'record' or 'raise'")
+        if isinstance(sampling_params, Sequence) and len(sampling_params) != len(rows):
+            raise ConfigError(f"sampling_params has {len(sampling_params)} entries for {len(rows)} prompts")
+        for index, row in enumerate(rows):
+            own = sampling_params[index] if isinstance(sampling_params, Sequence) else sampling_params
+            row.setdefault("sampling_params", own)
+        outputs: list[RequestOutput | None] = [None] * len(rows)
+        self._num_calls += 1
+        for index, encoded in enumerate(inputs.encode_batch(rows)):
+            request_id = f"{self._num_calls}-{index}"
+            try:
+                if isinstance(encoded, RowError):
+                    raise encoded
+                self.engine.add(request_id, encoded)
+            except RowError as error:
+                if on_error == "raise":
+                    self._drop()
+                    raise RowError(error.type, f"prompt {index}: {error}") from None
+                outputs[index] = failed_output(None, error, request_id)
+        with tqdm(
+            total=len(rows), initial=sum(o is not None for o in outputs), disable=not use_tqdm, unit="row"
+        ) as bar:
+            try:
+                while self.engine.has_work:
+                    for output in self.engine.step():
+                        index = int(output.request_id.rpartition("-")[2])
+                        if output.error_type is not None and on_error == "raise":
+                            raise RowError(ErrorType(output.error_type), f"prompt {index}: {output.error_message}")
+                        outputs[index] = output
+                        bar.update()
+            except BaseException:  # Ctrl-C too: the engine must be usable for the next call
+                self._drop()
+                raise
+        return [output for output in outputs if output is not None]
+
+    def _drop(self) -> None:
+        for request_id in self.engine.request_ids:
+            self.engine.abort(request_id)

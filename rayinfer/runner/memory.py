@@ -1,0 +1,85 @@
+"""How many KV blocks fit: measured on a GPU, from free memory on a CPU."""
+
+from __future__ import annotations
+
+import gc
+
+import numpy as np
+import psutil
+import torch
+
+from rayinfer.config import EngineConfig
+from rayinfer.errors import ConfigError
+from rayinfer.runner.runner import Runner
+from rayinfer.scheduler import StepPlan
+
+GIB = 2**30
+GRAPH_BYTES = 1 * GIB  # CUDA graphs captured later, and what the allocator loses to fragmentation
+MAX_DEFAULT_CPU_GIB = 4.0
+
+
+def num_kv_blocks(config: EngineConfig, runner: Runner, max_num_seqs: int, max_num_batched_tokens: int) -> int:
+    """Number of KV blocks to allocate, the reserved one included.
+
+    On a GPU: `gpu_memory_utilization` of the card, less what is in use and what the largest step was seen to need.
+
+    Raises:
+        ConfigError: not even one row of two blocks fits.
+    """
+    useful = max_num_seqs * -(-runner.max_model_len // config.block_size) + 1
+    if config.num_gpu_blocks_override is not None:
+        return config.num_gpu_blocks_override
+    if runner.device.type == "cuda":
+        limit = _gpu_bytes(config, runner, max_num_seqs, max_num_batched_tokens)
+    else:
+        free = psutil.virtual_memory().available
+        limit = int(min(free * 0.25, MAX_DEFAULT_CPU_GIB * GIB))
+        if config.cpu_kv_cache_gib is not None:
+            limit = int(config.cpu_kv_cache_gib * GIB)
+    num_blocks = min(limit // runner.bytes_per_block(), useful)
+    if num_blocks < 3:
+        name = "gpu_memory_utilization" if runner.device.type == "cuda" else "cpu_kv_cache_gib"
+        value = getattr(config, name)
+        raise ConfigError(
+            f"{name} = {value}: {limit / GIB:.2f} GiB are left for the KV cache and one block of {config.block_size} "
+            f"tokens takes {runner.bytes_per_block() / 2**20:.1f} MiB; raise {name}, lower max_num_batched_tokens "
+            f"({max_num_batched_tokens}), or take a smaller model"
+        )
+    return num_blocks
+
+
+def _gpu_bytes(config: EngineConfig, runner: Runner, max_num_seqs: int, max_num_batched_tokens: int) -> int:
+    """Bytes left for KV after a trial step of the largest size, which also compiles the prompt kernels."""
+    runner.allocate(2)
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(runner.device)
+    before = torch.cuda.memory_allocated(runner.device)
+    for greedy in (True, False):
+        runner.launch(_trial_plan(runner, max_num_seqs, max_num_batched_tokens, greedy)).read()
+    step = torch.cuda.max_memory_allocated(runner.device) - before
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(runner.device)
+    graphs = GRAPH_BYTES if runner.graphs is not None else 0
+    return int(total * config.gpu_memory_utilization) - (total - free) - int(step * 1.05) - graphs
+
+
+def _trial_plan(runner: Runner, max_num_seqs: int, max_num_batched_tokens: int, greedy: bool) -> StepPlan:
+    """Prompt chunks of every row at once, `max_num_batched_tokens` tokens in all; block 0 stands for all KV."""
+    num_rows = min(max_num_seqs, max_num_batched_tokens // 2) or 1
+    each = np.full(num_rows, max_num_batched_tokens // num_rows, np.int32)
+    each[0] += max_num_batched_tokens - each.sum()
+    each = np.minimum(each, runner.max_model_len)
+    rows = np.arange(num_rows, dtype=np.int32)
+    return StepPlan(
+        slots=rows,
+        starts=np.zeros(num_rows, np.int32),
+        num_new=each,
+        num_decodes=0,
+        token_ids=np.zeros(int(each.sum()), np.int32),
+        samples=rows,
+        new_blocks=np.zeros((0, 3), np.int32),
+        new_rows=[(int(slot), 1.0, 0, 1.0, 0.0, 0) for slot in rows],
+        all_greedy=greedy,
+        banned=np.zeros((0, 2), np.int32),
+    )

@@ -1,0 +1,218 @@
+"""The runner: one step plan in, sampled tokens out, nothing read back in between.
+
+State that outlives a step stays on the device, by slot: the last sampled token, the block table, the sampling
+parameters. A plan brings only what changed, in one packed copy, and the inputs of the model are made from it there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from rayinfer.attention import AttentionBackend, StepMeta
+from rayinfer.models.model import Model
+from rayinfer.runner.graphs import DecodeGraphs
+from rayinfer.sampler import get_sampler, logprobs
+from rayinfer.scheduler import StepPlan
+
+
+@dataclass(slots=True)
+class TopLogprobs:
+    """values float32 [n, 2 + k]: log-probability, rank, then the top k; ids int64 [n, k]."""
+
+    values: np.ndarray
+    ids: np.ndarray
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a step yielded: token_ids int32 [L, k], -1 where the logits were NaN, in the order of `plan.samples`."""
+
+    token_ids: np.ndarray
+    logprobs: TopLogprobs | None = None
+    prompt_logprobs: TopLogprobs | None = None
+
+
+@dataclass(slots=True)
+class Inputs:
+    """Device views of a plan's packed integers; R rows, T tokens. `starts_R` is -1 for padding rows."""
+
+    slots_R: torch.Tensor
+    starts_R: torch.Tensor
+    num_new_R: torch.Tensor
+    query_start_R1: torch.Tensor
+    token_ids_T: torch.Tensor
+    row_T: torch.Tensor
+
+
+class StepHandle:
+    """A launched step. `read` waits for the device and gives the result."""
+
+    def __init__(self, tensors: list[torch.Tensor | None]):
+        self._event: torch.cuda.Event | None = None
+        self._tensors = [None if t is None else t.to("cpu", non_blocking=True) for t in tensors]
+        if any(t is not None and t.is_cuda for t in tensors):
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> StepResult:
+        if self._event is not None:
+            self._event.synchronize()
+        token_ids, *tops = [None if t is None else t.numpy() for t in self._tensors]
+        assert token_ids is not None
+        own, prompt = (None if v is None else TopLogprobs(v, i) for v, i in zip(tops[::2], tops[1::2], strict=True))
+        return StepResult(token_ids[:, None], own, prompt)
+
+
+class Runner:
+    """One model replica on one device.
+
+    Args:
+        max_num_seqs: number of slots. max_model_len: tokens of one row.
+        use_graphs: replay decode-only steps as CUDA graphs (ignored on a CPU).
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        prefill: AttentionBackend,
+        decode: AttentionBackend,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+        block_size: int,
+        use_graphs: bool,
+    ):
+        self.model, self.prefill, self.decode = model, prefill, decode
+        self.device, self.block_size, self.max_model_len = model.device, block_size, max_model_len
+        self.sampler = get_sampler(self.device)
+        # A CPU computes a step while it is launched, so there is nothing to gain from running ahead of the reading.
+        self.run_ahead = 1 if self.device.type == "cuda" else 0
+        width = -(-max_model_len // block_size)
+        self.block_table_SP = torch.zeros(max_num_seqs, width, dtype=torch.int32, device=self.device)
+        self.last_token_S = torch.zeros(max_num_seqs, dtype=torch.int64, device=self.device)
+        self.params_S4 = torch.zeros(max_num_seqs, 4, dtype=torch.float32, device=self.device)
+        self.seed_S = torch.zeros(max_num_seqs, dtype=torch.int64, device=self.device)
+        self.graphs = DecodeGraphs(self, max_num_seqs) if use_graphs and self.device.type == "cuda" else None
+
+    def allocate(self, num_blocks: int) -> None:
+        """Allocate the KV cache and bind it to the model."""
+        caches = [
+            self.decode.allocate(spec, num_blocks, self.block_size, self.model.dtype, self.device)
+            for spec in self.model.specs
+        ]
+        self.model.bind(caches, self.prefill, self.decode)
+
+    def bytes_per_block(self) -> int:
+        """KV bytes of one block over all layers."""
+        item = torch.tensor([], dtype=self.model.dtype).element_size()
+        return sum(2 * self.block_size * spec.num_kv_heads * spec.head_dim * item for spec in self.model.specs)
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> StepHandle:
+        """Start a step; on a GPU this returns before the step is done."""
+        num_rows, num_samples = len(plan.slots), len(plan.samples)
+        query_start = np.zeros(num_rows + 1, np.int32)
+        np.cumsum(plan.num_new, out=query_start[1:])
+        num_targets = len(plan.prompt_targets)
+        new_blocks, samples, banned, targets = self._send(
+            plan.new_blocks.T, plan.samples, plan.banned.T, plan.prompt_targets.T
+        )
+        self._admit(plan, new_blocks)
+        pure_decode = plan.num_decodes == num_rows == num_samples and not num_targets
+        if self.graphs is not None and pure_decode:
+            logits_LV, slots_L, position_L = self.graphs.run(plan)
+        else:
+            row = np.repeat(np.arange(num_rows, dtype=np.int32), plan.num_new)
+            inputs = Inputs(*self._send(plan.slots, plan.starts, plan.num_new, query_start, plan.token_ids, row))
+            seq_lens = plan.starts + plan.num_new
+            chunks = plan.num_new[plan.num_decodes :]
+            ids_T, meta = self.prepare(
+                inputs,
+                num_decodes=plan.num_decodes,
+                max_seq_len=int(seq_lens.max()),
+                max_query_len=int(chunks.max(initial=1)),
+            )
+            index_L = torch.cat([inputs.query_start_R1[1:].long()[samples.long()] - 1, targets[0].long()])
+            logits_LV = self.model.forward(ids_T, meta, index_L)
+            slots_L = inputs.slots_R.long()[samples.long()]
+            position_L = meta.seq_lens_R.long()[samples.long()]
+        return self._finish(plan, logits_LV, slots_L, position_L, banned, targets)
+
+    def prepare(
+        self, inputs: Inputs, *, num_decodes: int, max_seq_len: int, max_query_len: int
+    ) -> tuple[torch.Tensor, StepMeta]:
+        """Make the model's inputs on the device: token ids int64 [T] and the step's meta."""
+        row_T, size = inputs.row_T.long(), self.block_size
+        slots_R = inputs.slots_R.long()
+        starts_T = inputs.starts_R[row_T].long()
+        offset_T = torch.arange(len(row_T), device=self.device) - inputs.query_start_R1[row_T]
+        positions_T = (starts_T + offset_T).clamp_(min=0)
+        width = min(-(-max_seq_len // size), self.block_table_SP.shape[1])
+        table_RP = self.block_table_SP[:, :width].index_select(0, slots_R)
+        slot_mapping_T = table_RP[row_T, positions_T // size].long() * size + positions_T % size
+        ids_T = torch.where(inputs.token_ids_T < 0, self.last_token_S[slots_R[row_T]], inputs.token_ids_T)
+        return ids_T, StepMeta(
+            positions_T=positions_T,
+            slot_mapping_T=torch.where(starts_T < 0, -1, slot_mapping_T),
+            block_table_RP=table_RP,
+            seq_lens_R=torch.where(inputs.starts_R < 0, 0, inputs.starts_R + inputs.num_new_R),
+            query_start_R1=inputs.query_start_R1,
+            num_decodes=num_decodes,
+            max_seq_len=max_seq_len,
+            max_query_len=max_query_len,
+        )
+
+    def _send(self, *arrays: np.ndarray) -> list[torch.Tensor]:
+        """Copy int32 arrays to the device in one transfer; returns views of the arrays' shapes."""
+        packed = torch.from_numpy(np.concatenate([a.ravel() for a in arrays]).astype(np.int32, copy=False))
+        if self.device.type == "cuda":
+            packed = packed.pin_memory().to(self.device, non_blocking=True)
+        views = packed.split([a.size for a in arrays])
+        return [view.view(a.shape) for view, a in zip(views, arrays, strict=True)]
+
+    def _admit(self, plan: StepPlan, new_blocks_3U: torch.Tensor) -> None:
+        """Write new block-table entries and the sampling parameters of rows that got a slot."""
+        if new_blocks_3U.numel():
+            slot, index, block = new_blocks_3U
+            self.block_table_SP[slot.long(), index.long()] = block
+        if plan.new_rows:
+            slots, *params, seeds = zip(*plan.new_rows, strict=True)
+            pin: dict[str, Any] = {"pin_memory": self.device.type == "cuda"}
+            at = torch.tensor(slots, **pin).to(self.device, non_blocking=True)
+            values = torch.tensor(params, dtype=torch.float32, **pin).to(self.device, non_blocking=True)
+            self.params_S4[at] = values.T
+            self.seed_S[at] = torch.tensor(seeds, dtype=torch.int64, **pin).to(self.device, non_blocking=True)
+
+    def _finish(
+        self,
+        plan: StepPlan,
+        logits_MV: torch.Tensor,
+        slots_L: torch.Tensor,
+        position_L: torch.Tensor,
+        banned_2B: torch.Tensor,
+        targets_2M: torch.Tensor,
+    ) -> StepHandle:
+        """Sample from the first L rows of the logits; the rest are for prompt log-probabilities."""
+        num_samples = len(plan.samples)
+        logits_LV = raw_LV = logits_MV[:num_samples]
+        if banned_2B.numel():
+            logits_LV = raw_LV.clone() if plan.num_logprobs >= 0 else raw_LV
+            logits_LV[banned_2B[0].long(), banned_2B[1].long()] = float("-inf")
+        if plan.all_greedy:
+            token_L = self.sampler.greedy(logits_LV)
+        else:
+            temperature, top_k, top_p, min_p = self.params_S4[slots_L].T
+            seed = self.seed_S[slots_L]
+            token_L = self.sampler.sample(logits_LV, temperature, top_k.int(), top_p, min_p, seed, position_L)
+        usable_L = token_L.long().clamp_(min=0)  # a NaN row's -1 must not index the embedding
+        self.last_token_S[slots_L] = usable_L
+        tops: list[torch.Tensor | None] = [None] * 4
+        if plan.num_logprobs >= 0:
+            tops[:2] = logprobs(raw_LV, usable_L, plan.num_logprobs)
+        if plan.num_prompt_logprobs >= 0:
+            tops[2:] = logprobs(logits_MV[num_samples:], targets_2M[1].long(), plan.num_prompt_logprobs)
+        return StepHandle([token_L, *tops])
