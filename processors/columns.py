@@ -1,0 +1,120 @@
+"""The columns that rows carry between the stages and get at the end, with their Arrow types.
+
+Types are fixed here, not inferred, so that blocks of good rows, of failed rows and of both have one schema.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from rayinfer.errors import ErrorType, RowError
+from rayinfer.request import Logprob, RequestOutput
+
+# Between the stages. ROW holds, pickled, what the user's preprocess returned: Python values that Arrow would not keep.
+TOKEN_IDS, PARAMS, ROW = "__rayinfer_token_ids", "__rayinfer_params", "__rayinfer_row"
+FAILED_TYPE, FAILED_MESSAGE = "__rayinfer_error_type", "__rayinfer_error_message"
+ENCODED = pa.schema(
+    [
+        (TOKEN_IDS, pa.list_(pa.int32())),
+        (PARAMS, pa.string()),
+        (FAILED_TYPE, pa.string()),
+        (FAILED_MESSAGE, pa.string()),
+    ]
+)
+HIDDEN = (*ENCODED.names, ROW)
+
+_LOGPROBS = pa.list_(
+    pa.struct([("token_id", pa.int32()), ("logprob", pa.float32()), ("rank", pa.int32()), ("token", pa.string())])
+)
+OUTPUT = pa.schema(
+    [
+        ("generated_text", pa.string()),
+        ("generated_tokens", pa.list_(pa.int32())),
+        ("num_input_tokens", pa.int32()),
+        ("num_generated_tokens", pa.int32()),
+        ("num_cached_tokens", pa.int32()),
+        ("finish_reason", pa.string()),
+        ("logprobs", pa.list_(_LOGPROBS)),
+        ("prompt_logprobs", pa.list_(_LOGPROBS)),
+        ("error_type", pa.string()),
+        ("error_message", pa.string()),
+        ("attempts", pa.int32()),
+    ]
+)
+ERROR_COLUMNS = ("error_type", "error_message")
+WHEN_ASKED = ("logprobs", "prompt_logprobs")
+
+
+def with_columns(table: pa.Table, columns: Mapping[str, Any]) -> pa.Table:
+    """The table with columns replaced or appended; without columns a table has no rows to keep."""
+    arrays = {name: table.column(name) for name in table.column_names} | dict(columns)
+    return pa.table(arrays)
+
+
+def without(table: pa.Table, names: Iterable[str]) -> pa.Table:
+    return table.drop_columns([name for name in names if name in table.column_names])
+
+
+def output_row(result: RequestOutput | RowError, attempt: int) -> dict[str, Any]:
+    """Values of the OUTPUT columns of one row; all but the finish reason and the error are None in a failed one."""
+    if isinstance(result, RowError):  # it never reached the engine
+        error = {"error_type": str(result.type), "error_message": str(result)}
+        return {"finish_reason": "error", "attempts": 0, **error}
+    if result.error_type is not None:
+        error = {"error_type": result.error_type, "error_message": result.error_message}
+        return {"finish_reason": "error", "attempts": attempt, **error}
+    completion = result.outputs[0]
+    return {
+        "generated_text": completion.text,
+        "generated_tokens": completion.token_ids,
+        "num_input_tokens": len(result.prompt_token_ids),
+        "num_generated_tokens": len(completion.token_ids),
+        "num_cached_tokens": result.num_cached_tokens,
+        "finish_reason": completion.finish_reason,
+        "logprobs": _logprobs(completion.logprobs),
+        "prompt_logprobs": _logprobs(result.prompt_logprobs),
+        "attempts": attempt,
+    }
+
+
+def _logprobs(positions: Sequence[Mapping[int, Logprob] | None] | None) -> list[list[dict[str, Any]] | None] | None:
+    """A list for each position, of the tokens that were asked for and the one that was taken."""
+    if positions is None:
+        return None
+    return [
+        position
+        and [
+            {"token_id": id, "logprob": entry.logprob, "rank": entry.rank, "token": entry.decoded_token}
+            for id, entry in position.items()
+        ]
+        for position in positions
+    ]
+
+
+def table_of(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> dict[str, pa.Array]:
+    """Arrays of the schema's types; a row that lacks a key gets a null."""
+    return {field.name: pa.array([row.get(field.name) for row in rows], field.type) for field in schema}
+
+
+def pack(value: Mapping[str, Any]) -> bytes:
+    return pickle.dumps(dict(value), protocol=5)
+
+
+def unpack(data: bytes | None) -> dict[str, Any]:
+    """Only of bytes that `pack` made in this run: a table read from outside has no ROW column by then."""
+    return pickle.loads(data) if data is not None else {}
+
+
+def name_row(row: Mapping[str, Any], index: int) -> str:
+    """How an error names a row: its place in the batch and what looks like its key."""
+    keys = [name for name in row if name.lower() in ("id", "key", "uuid", "row_key") or name.lower().endswith("_id")]
+    shown = "".join(f", {name}={str(row[name])[:80]!r}" for name in keys)
+    return f"row {index} of its batch{shown}"
+
+
+def raise_row(error: RowError, row: Mapping[str, Any], index: int) -> None:
+    raise RowError(ErrorType(error.type), f"{name_row(row, index)}: {error.type}: {error}") from error

@@ -1,0 +1,91 @@
+"""The settings of a processor, with the names that users of ray.data.llm type."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from rayinfer.config import EngineConfig
+from rayinfer.errors import ConfigError, RowError, explain_validation
+from rayinfer.processors.ray_compat import register_with_ray_data_llm
+from rayinfer.sampling import SamplingParams
+
+Concurrency = int | tuple[int, int]
+
+
+class EngineProcessorConfig(BaseModel):
+    """What `build_processor` needs to know; `ray.data.llm.build_processor` takes it too.
+
+    Raises:
+        ConfigError: naming the key, the value and what is allowed; engine_kwargs and sampling_params included.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), arbitrary_types_allowed=True)
+
+    model_source: Annotated[str, Field(description="local folder, hub id, or a single .gguf file")]
+    engine_kwargs: Annotated[dict[str, Any], Field(description="fields of EngineConfig other than model")] = {}
+    task_type: Annotated[Literal["generate"], Field(description="what the engine does with a row")] = "generate"
+    sampling_params: Annotated[
+        dict[str, Any] | SamplingParams, Field(description="for what a row's own sampling_params leave open")
+    ] = {}
+    chat_template: Annotated[str | None, Field(description="Jinja2, instead of the tokenizer's own")] = None
+    chat_template_kwargs: Annotated[dict[str, Any], Field(description="passed to the chat template")] = {}
+    batch_size: Annotated[
+        int | None, Field(ge=1, description="rows of one call to an engine; default: an eighth of max_num_seqs")
+    ] = None
+    max_concurrent_batches: Annotated[
+        int | None, Field(ge=1, description="calls at once in one engine; default: enough to keep it full")
+    ] = None
+    concurrency: Annotated[Concurrency, Field(description="engines: n, or (m, n) for a pool that grows")] = 1
+    tokenizer_concurrency: Annotated[
+        Concurrency, Field(description="CPU actors that run preprocess, chat template and tokenizer: n, or (m, n)")
+    ] = 1
+    num_gpus: Annotated[
+        float | None, Field(ge=0, description="GPUs of one engine; default: 1 if the cluster has GPUs, else 0")
+    ] = None
+    num_cpus: Annotated[
+        float | None, Field(ge=0, description="CPUs that one engine holds; default: 1 if enough are left, else 0")
+    ] = None
+    accelerator_type: Annotated[str | None, Field(description="GPU type that engines need, such as H100")] = None
+    runtime_env: Annotated[dict[str, Any] | None, Field(description="Ray runtime environment of the engines")] = None
+    on_error: Annotated[
+        Literal["record", "raise"],
+        Field(description="record: a failed row has error_type; raise: it stops the job"),
+    ] = "record"
+
+    def __init__(self, **data: Any):
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise ConfigError(explain_validation(error, type(self), "EngineProcessorConfig")) from None
+        self.engine_config()
+        try:
+            SamplingParams.from_row(self.sampling_params)
+        except RowError as error:
+            raise ConfigError(f"EngineProcessorConfig: {error}") from None
+
+    def model_post_init(self, context: Any) -> None:
+        # Here and not at import: it costs 0.3 s, and workers never build a config.
+        from rayinfer.processors.processor import build_processor
+
+        register_with_ray_data_llm(type(self), build_processor)
+
+    @field_validator("concurrency", "tokenizer_concurrency")
+    @classmethod
+    def _range(cls, value: Concurrency) -> Concurrency:
+        low, high = bounds(value)
+        if not 1 <= low <= high:
+            raise ValueError("want a number >= 1, or (m, n) with 1 <= m <= n")
+        return value
+
+    def engine_config(self) -> EngineConfig:
+        """The EngineConfig of each engine."""
+        if "model" in self.engine_kwargs:
+            raise ConfigError("engine_kwargs: 'model' is given by model_source")
+        return EngineConfig.parse(model=self.model_source, **self.engine_kwargs)
+
+
+def bounds(value: Concurrency) -> tuple[int, int]:
+    """Smallest and largest size of a pool."""
+    return (value, value) if isinstance(value, int) else value

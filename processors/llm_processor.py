@@ -1,0 +1,178 @@
+"""The Ray Data operator around an engine: `LLMProcessor`, a class for `Dataset.map_batches`."""
+
+from __future__ import annotations
+
+import functools
+import json
+import queue
+import uuid
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import pyarrow as pa
+from ray.data.block import DataBatch
+
+from rayinfer.config import EngineConfig
+from rayinfer.errors import ErrorType, RowError
+from rayinfer.processors import columns as col
+from rayinfer.processors.ray_compat import keep_yielded_blocks, take_rows, task_attempt, to_arrow
+from rayinfer.processors.stats import report_every_second
+from rayinfer.request import RequestOutput
+from rayinfer.sampling import SamplingParams
+
+INPUTS = ("messages", "prompt", "prompt_token_ids")
+MIN_ROWS_PER_BLOCK = 4
+
+keep_yielded_blocks()
+
+
+class LLMProcessor:
+    """Answers the rows of the batches it is called with, all calls at once in one running batch of one engine.
+
+    Input columns: one of `messages`, `prompt`, `prompt_token_ids` that is not null, and maybe `sampling_params`.
+    Every column passes through; columns.OUTPUT names what is appended. A failed row has `error_type`.
+
+        ds.map_batches(
+            LLMProcessor,
+            fn_constructor_kwargs=dict(model="path", sampling_params=dict(temperature=0), max_model_len=2048),
+            compute=ray.data.ActorPoolStrategy(size=1, max_tasks_in_flight_per_actor=16,
+                                               max_concurrent_calls_per_actor=8),
+            batch_size=64, batch_format="pyarrow", num_gpus=1)
+
+    A call yields its rows in blocks of a quarter of the batch as soon as a block's rows are done, those that may be
+    short first. Which rows are in which block depends on the batch alone: when a worker dies, Ray runs its calls again
+    and skips as many blocks as it already has, so blocks made in the order in which rows end would lose some rows and
+    repeat others.
+
+    Args:
+        model: local folder, hub id, or a single .gguf file.
+        sampling_params: for what a row's own `sampling_params` leave open.
+        chat_template, chat_template_kwargs: instead of, and passed to, the tokenizer's own template.
+        on_error: "record" makes a failed row an error row; "raise" stops the job with an error that names the row.
+        stats_actor: handle of a StatsBoard, told about the engine each second.
+        engine_kwargs: the other fields of EngineConfig.
+
+    Raises:
+        ConfigError: a setting or the model cannot be used.
+        RowError: a row failed and on_error is "raise".
+    """
+
+    yields_blocks = True
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        sampling_params: SamplingParams | Mapping[str, Any] | None = None,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        on_error: Literal["record", "raise"] = "record",
+        stats_actor: Any = None,
+        **engine_kwargs: Any,
+    ):
+        from rayinfer.engine_thread import EngineThread
+
+        self._defaults = sampling_defaults(sampling_params)
+        self._on_error = on_error
+        self._asked = [name for name in col.WHEN_ASKED if self._defaults.get(name) is not None]
+        self._engine = EngineThread(EngineConfig.parse(model=model, **engine_kwargs))
+        self._inputs = self._engine.engine.inputs.with_template(chat_template, chat_template_kwargs)
+        self._end_reports = None
+        if stats_actor is not None:
+            self._end_reports = report_every_second(stats_actor, uuid.uuid4().hex, self._engine.stats)
+
+    def __call__(self, batch: DataBatch) -> Iterator[pa.Table]:
+        """Yield the batch's rows with the output columns, in tables of a few rows, not in the batch's order."""
+        table = to_arrow(batch)
+        attempt = task_attempt()
+        encoded = self._encode(table)
+        table = col.without(table, col.ENCODED.names)
+        failed = {index: row for index, row in enumerate(encoded) if isinstance(row, RowError)}
+        if failed and self._on_error == "raise":
+            index, error = next(iter(failed.items()))
+            col.raise_row(error, table.slice(index, 1).to_pylist()[0], index)
+        good = [(index, row) for index, row in enumerate(encoded) if not isinstance(row, RowError)]
+        good.sort(key=lambda entry: (entry[1].params.max_tokens or 2**31, len(entry[1].prompt_token_ids)))
+        columns = self._columns([row.params for _, row in good])
+
+        ended: queue.SimpleQueue[tuple[int, RequestOutput]] = queue.SimpleQueue()
+        self._engine.submit([row for _, row in good], lambda place, output: ended.put((place, output)))
+        if failed:
+            yield self._block(table, failed, columns, attempt)
+        outputs: dict[int, RequestOutput] = {}  # by place in `good`
+        size = max(MIN_ROWS_PER_BLOCK, -(-table.num_rows // 4))
+        for start in range(0, len(good), size):
+            places = range(start, min(start + size, len(good)))
+            while not all(place in outputs for place in places):
+                place, output = ended.get()
+                if self._engine.error is not None:
+                    raise RuntimeError("the engine died; its rows are not lost, they have no result") from (
+                        self._engine.error
+                    )
+                outputs[place] = output
+            results = {good[place][0]: outputs.pop(place) for place in places}
+            yield self._block(table, results, columns, attempt)
+
+    def close(self) -> None:
+        """End the engine and free its memory."""
+        if self._end_reports is not None:
+            self._end_reports()
+        self._engine.close()
+
+    def __del__(self) -> None:  # Ray Data drops the object when its pool ends
+        if hasattr(self, "_end_reports"):
+            self.close()
+
+    def _encode(self, table: pa.Table) -> list[Any]:
+        """An EncodedRow or a RowError for each row, from a stage before this one or made here."""
+        from rayinfer.inputs import EncodedRow
+
+        if col.TOKEN_IDS not in table.column_names:
+            names = [name for name in (*INPUTS, "sampling_params") if name in table.column_names]
+            rows = table.select(names).to_pylist() if names else [{} for _ in range(table.num_rows)]
+            return self._inputs.encode_batch([with_defaults(row, self._defaults) for row in rows])
+        values = table.select(col.ENCODED.names).to_pydict()
+        return [
+            EncodedRow(ids, _params_of(params)) if kind is None else RowError(ErrorType(kind), message)
+            for ids, params, kind, message in zip(*values.values(), strict=True)
+        ]
+
+    def _columns(self, params: list[SamplingParams]) -> pa.Schema:
+        """OUTPUT, with log-probabilities if the job or a row of this batch asks for them."""
+        left_out = {
+            name
+            for name in col.WHEN_ASKED
+            if name not in self._asked and all(getattr(one, name) is None for one in params)
+        }
+        return pa.schema([field for field in col.OUTPUT if field.name not in left_out])
+
+    def _block(
+        self, table: pa.Table, results: Mapping[int, RequestOutput | RowError], columns: pa.Schema, attempt: int
+    ) -> pa.Table:
+        rows = [col.output_row(result, attempt) for result in results.values()]
+        taken = take_rows(table, list(results))
+        if self._on_error == "raise":
+            for row, index in zip(rows, results, strict=True):
+                if row.get("error_type") is not None:
+                    error = RowError(ErrorType(row["error_type"]), row["error_message"])
+                    col.raise_row(error, table.slice(index, 1).to_pylist()[0], index)
+        return col.with_columns(taken, col.table_of(rows, columns))
+
+
+def sampling_defaults(value: SamplingParams | Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a job's sampling parameters set, checked. Raises RowError as SamplingParams.from_row does."""
+    return SamplingParams.from_row(value).model_dump(exclude_unset=True)
+
+
+def with_defaults(row: Mapping[str, Any], defaults: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row, its sampling parameters completed; what is no mapping is left for the row's check to refuse."""
+    own = row.get("sampling_params")
+    if own is None or isinstance(own, Mapping):
+        given = {key: value for key, value in (own or {}).items() if value is not None}
+        return {**row, "sampling_params": {**defaults, **given}}
+    return row
+
+
+@functools.lru_cache(maxsize=1024)
+def _params_of(data: str) -> SamplingParams:
+    return SamplingParams.model_validate(json.loads(data))

@@ -1,0 +1,180 @@
+"""`build_processor`: prepare rows on CPUs, answer them in engines, finish them on CPUs; all as one lazy Dataset."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
+
+from rayinfer.config import EngineConfig
+from rayinfer.errors import ConfigError
+from rayinfer.processors.config import Concurrency, EngineProcessorConfig, bounds
+from rayinfer.processors.llm_processor import LLMProcessor
+from rayinfer.processors.ray_compat import map_blocks
+from rayinfer.processors.stages import Prepare, RowFunction, finish
+
+
+def build_processor(
+    config: EngineProcessorConfig,
+    preprocess: RowFunction | None = None,
+    postprocess: RowFunction | None = None,
+    preprocess_map_kwargs: Mapping[str, Any] | None = None,
+    postprocess_map_kwargs: Mapping[str, Any] | None = None,
+    stats_actor: Any = None,
+) -> Processor:
+    """Describe what is to be done with a dataset; nothing is read, started or loaded here.
+
+    Args:
+        preprocess: takes a row, returns the columns to add: `messages`, `prompt` or `prompt_token_ids`, and maybe
+            `sampling_params`. Without it the rows have these columns.
+        postprocess: takes a row with all columns, those added by preprocess and the outputs, and returns the row of
+            the result, to which `error_type` and `error_message` are appended. A failed row comes with its outputs
+            None. Without it the result has all columns.
+        preprocess_map_kwargs, postprocess_map_kwargs: for `map_batches` of these two stages: num_cpus, memory,
+            concurrency and the like.
+        stats_actor: handle of a StatsBoard that engines report to.
+    """
+    if not isinstance(config, EngineProcessorConfig):
+        raise ConfigError(f"config: want an EngineProcessorConfig, got {type(config).__name__}")
+    return Processor(
+        config,
+        preprocess,
+        postprocess,
+        dict(preprocess_map_kwargs or {}),
+        dict(postprocess_map_kwargs or {}),
+        stats_actor,
+    )
+
+
+@dataclass(frozen=True)
+class Processor:
+    """Call it on a Dataset to get the Dataset of the results."""
+
+    config: EngineProcessorConfig
+    preprocess: RowFunction | None = None
+    postprocess: RowFunction | None = None
+    preprocess_map_kwargs: dict[str, Any] = field(default_factory=dict)
+    postprocess_map_kwargs: dict[str, Any] = field(default_factory=dict)
+    stats_actor: Any = None
+
+    def __call__(self, dataset: Dataset) -> Dataset:
+        """Add the three stages to a dataset's plan, after a look at the model's files and the cluster's resources.
+
+        Raises:
+            ConfigError: the model, its tokenizer or the resources cannot do; no engine has started then.
+        """
+        config = self.config
+        num_cpus, num_gpus, prepare_cpus = self._resources()
+        engine = config.engine_config()
+        if engine.device == "auto":
+            engine = engine.model_copy(update={"device": "cuda" if num_gpus else "cpu"})
+        on_cpu = engine.model_copy(update={"device": "cpu"})  # of what needs no weights
+        check_model(on_cpu)
+        batch_size, num_calls, num_seqs = rows_in_flight(engine, config)
+        model_kwargs = engine.model_dump(exclude_unset=True)
+        template = {"chat_template": config.chat_template, "chat_template_kwargs": config.chat_template_kwargs}
+
+        prepare_kwargs = {"num_cpus": prepare_cpus} | self.preprocess_map_kwargs
+        prepare_pool = prepare_kwargs.pop("concurrency", config.tokenizer_concurrency)
+        dataset = dataset.map_batches(
+            Prepare,
+            fn_constructor_kwargs={
+                "engine": on_cpu,
+                "preprocess": self.preprocess,
+                "sampling_params": config.sampling_params,
+                "batch_size": batch_size,
+                "on_error": config.on_error,
+                **template,
+            },
+            batch_size=4 * batch_size,
+            batch_format="pyarrow",
+            **{"compute": actor_pool(prepare_pool)} | prepare_kwargs,
+        )
+        placement = {"accelerator_type": config.accelerator_type, "runtime_env": config.runtime_env}
+        dataset = map_blocks(
+            dataset,
+            LLMProcessor,
+            fn_constructor_kwargs={
+                **model_kwargs,
+                "sampling_params": config.sampling_params,
+                "on_error": config.on_error,
+                "stats_actor": self.stats_actor,
+                **template,
+            },
+            batch_format="pyarrow",
+            compute=actor_pool(
+                config.concurrency,
+                max_tasks_in_flight_per_actor=num_calls + 2,
+                max_concurrent_calls_per_actor=num_calls,
+            ),
+            num_cpus=num_cpus,
+            num_gpus=num_gpus or None,
+            **{key: value for key, value in placement.items() if value is not None},
+        )
+        finish_kwargs = dict(self.postprocess_map_kwargs)
+        if "concurrency" in finish_kwargs:
+            finish_kwargs["compute"] = TaskPoolStrategy(size=bounds(finish_kwargs.pop("concurrency"))[1])
+        return dataset.map_batches(
+            finish,
+            fn_kwargs={"postprocess": self.postprocess, "on_error": config.on_error},
+            batch_size=num_seqs,  # rows that end in the time that one row takes: blocks neither tiny nor late
+            batch_format="pyarrow",
+            **finish_kwargs,
+        )
+
+    def _resources(self) -> tuple[float, float, float]:
+        """CPUs and GPUs of one engine, and CPUs of one tokenizer actor.
+
+        Actors hold their CPUs as long as the job runs. When they hold all of them, the read tasks wait for ever,
+        without a word, so one CPU is left: by taking less, or by refusing what the user asked for.
+        """
+        config = self.config
+        cluster = ray.cluster_resources()
+        total_cpus, total_gpus = cluster.get("CPU", 0.0), cluster.get("GPU", 0.0)
+        device = config.engine_kwargs.get("device", "auto")
+        num_gpus = config.num_gpus
+        if num_gpus is None:
+            wants_gpu = config.accelerator_type is not None or device.startswith("cuda")
+            num_gpus = 1.0 if wants_gpu or (device == "auto" and total_gpus > 0) else 0.0
+        engines, tokenizers = bounds(config.concurrency)[0], bounds(config.tokenizer_concurrency)[0]
+        prepare_cpus = self.preprocess_map_kwargs.get("num_cpus")
+        given = engines * (config.num_cpus or 0) + tokenizers * (prepare_cpus or 0)
+        if given and given > total_cpus - 1:
+            raise ConfigError(
+                f"num_cpus: {engines} engines and {tokenizers} tokenizer actors would hold {given:g} of the cluster's "
+                f"{total_cpus:g} CPUs, and reading needs one; set a smaller num_cpus (0 is allowed) or concurrency"
+            )
+        wanted = given + engines * (config.num_cpus is None) + tokenizers * (prepare_cpus is None)
+        default = 1.0 if wanted <= total_cpus - 1 else 0.0
+        num_cpus = default if config.num_cpus is None else config.num_cpus
+        return num_cpus, num_gpus, default if prepare_cpus is None else prepare_cpus
+
+
+def actor_pool(size: Concurrency, **kwargs: Any) -> ActorPoolStrategy:
+    low, high = bounds(size)
+    return ActorPoolStrategy(min_size=low, max_size=high, **kwargs)
+
+
+def rows_in_flight(engine: EngineConfig, config: EngineProcessorConfig) -> tuple[int, int, int]:
+    """Rows of a call, calls at once in an engine, and rows that the engine runs at once.
+
+    A call ends with its longest row; with lengths from 0 to the maximum, half of a call's rows run at any time, so
+    twice what the engine runs at once is given to it.
+    """
+    from rayinfer.engine import DEFAULT_LIMITS
+
+    num_seqs = engine.max_num_seqs or DEFAULT_LIMITS[engine.device.partition(":")[0]][0]
+    batch_size = config.batch_size or max(8, num_seqs // 8)
+    num_calls = config.max_concurrent_batches or math.ceil(2 * num_seqs / batch_size) + 1
+    return batch_size, num_calls, num_seqs
+
+
+def check_model(engine: EngineConfig) -> None:
+    """Raise ConfigError for a model or tokenizer that no engine could use."""
+    from rayinfer.inputs import InputProcessor
+
+    InputProcessor(engine)

@@ -1,0 +1,84 @@
+"""Everything that Ray Data has no public API for. Tested with Ray 2.60; nothing else here may import `_internal`.
+
+Ray Data gathers what a generator yields until `target_max_block_size` bytes (128 MiB) are full, so that an LLM's rows
+would wait for the end of their call. A rule of the physical optimizer, which is where Ray decides the sizes of blocks,
+turns that off for our functions alone; the setting on the DataContext would change reads and other operators too.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.data import Dataset
+from ray.data._internal.logical.interfaces import Rule
+from ray.data._internal.logical.optimizers import get_physical_ruleset
+from ray.data._internal.logical.rules import FuseOperators
+from ray.data._internal.output_buffer import OutputBlockSizeOption
+from ray.data.block import BlockAccessor, DataBatch
+
+logger = logging.getLogger(__name__)
+
+
+class _KeepYieldedBlocks(Rule):
+    """One yield of a function with `yields_blocks = True` is one block, handed on at once."""
+
+    @classmethod
+    def dependencies(cls) -> list[type[Rule]]:
+        return [FuseOperators]
+
+    def apply(self, plan: Any) -> Any:
+        for op in plan.dag.post_order_iter():
+            logical = op._logical_operators[-1] if op._logical_operators else None
+            if getattr(getattr(logical, "fn", None), "yields_blocks", False):
+                op.override_target_max_block_size(None)
+                last = op.get_map_transformer().get_transform_fns()[-1]
+                last._output_block_size_option = OutputBlockSizeOption(disable_block_shaping=True)
+        return plan
+
+
+def keep_yielded_blocks() -> None:
+    """Add the rule to this process's optimizer, once; plans without our functions stay as they are."""
+    rules = get_physical_ruleset()
+    if not any(rule.__qualname__ == _KeepYieldedBlocks.__qualname__ for rule in rules):
+        rules.add(_KeepYieldedBlocks)
+
+
+def map_blocks(dataset: Dataset, fn: Any, **kwargs: Any) -> Dataset:
+    """`map_batches` with one call for each input block, also on a GPU, where the public method wants a batch size.
+
+    With a batch size, a task that holds two batches runs them one after the other, half empty.
+    """
+    return dataset.map_batches_internal(fn, batch_size=None, **kwargs)
+
+
+def to_arrow(batch: DataBatch) -> pa.Table:
+    """A batch of any of Ray Data's formats as a table."""
+    block = BlockAccessor.batch_to_block(batch) if not isinstance(batch, pa.Table) else batch
+    return BlockAccessor.for_block(block).to_arrow()
+
+
+def take_rows(table: pa.Table, indices: list[int]) -> pa.Table:
+    """Rows by index; Ray's own, because Arrow's cannot take from tensor columns."""
+    return BlockAccessor.for_block(table).take(indices)
+
+
+def task_attempt() -> int:
+    """1 in a task's first run, 2 when Ray runs it again after a worker or node was lost; 1 outside of Ray."""
+    if not ray.is_initialized():
+        return 1
+    return ray._private.worker.global_worker.core_worker.get_current_task_attempt_number() + 1
+
+
+def register_with_ray_data_llm(config_type: type, builder: Callable[..., Any]) -> None:
+    """Let `ray.data.llm.build_processor` take our config. Without ray.data.llm (it needs aiohttp) there is no need."""
+    try:
+        from ray.llm._internal.batch.processor.base import ProcessorBuilder
+    except ImportError as error:
+        logger.debug("ray.data.llm cannot be imported (%s); use rayinfer.processors.build_processor", error)
+        return
+    if config_type.__name__ not in ProcessorBuilder._registry:
+        ProcessorBuilder.register(config_type, builder)

@@ -1,0 +1,203 @@
+"""The CPU stages around the engine: the user's functions, chat template and tokenizer, and the result's columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from rayinfer.config import EngineConfig
+from rayinfer.errors import ErrorType, RowError
+from rayinfer.processors import columns as col
+from rayinfer.processors.llm_processor import INPUTS, sampling_defaults, with_defaults
+from rayinfer.sampling import SamplingParams
+
+RowFunction = Callable[[dict[str, Any]], Mapping[str, Any]]
+
+
+class Prepare:
+    """Preprocess, chat template and tokenizer; yields tables of at most batch_size rows, each one call of an engine."""
+
+    yields_blocks = True
+
+    def __init__(
+        self,
+        engine: EngineConfig,
+        preprocess: RowFunction | None,
+        sampling_params: SamplingParams | Mapping[str, Any],
+        chat_template: str | None,
+        chat_template_kwargs: Mapping[str, Any],
+        batch_size: int,
+        on_error: str,
+    ):
+        from rayinfer.inputs import InputProcessor
+
+        self._inputs = InputProcessor(engine, chat_template, chat_template_kwargs)
+        self._preprocess = preprocess
+        self._defaults = sampling_defaults(sampling_params)
+        self._batch_size = batch_size
+        self._on_error = on_error
+
+    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
+        num_blocks = -(-table.num_rows // self._batch_size)
+        size = -(-table.num_rows // num_blocks)  # even, so that no call holds an engine's place with a row or two
+        for start in range(0, table.num_rows, size):
+            yield self._encode(table.slice(start, size))
+
+    def _encode(self, table: pa.Table) -> pa.Table:
+        table = col.without(table, col.HIDDEN)
+        rows = table.to_pylist()
+        added: list[dict[str, Any] | None] = []
+        asked: dict[int, Mapping[str, Any]] = {}
+        results: dict[int, Any] = {}  # EncodedRow or RowError
+        for index, row in enumerate(rows):
+            added.append(None)
+            try:
+                added[index] = new = self._added(row)
+                asked[index] = self._request(row, new)
+            except RowError as error:
+                results[index] = error
+        results |= zip(asked, self._inputs.encode_batch(list(asked.values())), strict=True)
+        hidden = []
+        for index in range(len(rows)):
+            result = results[index]
+            if not isinstance(result, RowError):
+                params = result.params.model_dump_json(exclude_unset=True)
+                hidden.append({col.TOKEN_IDS: result.prompt_token_ids, col.PARAMS: params})
+            elif self._on_error == "raise":
+                col.raise_row(result, rows[index], index)
+            else:
+                hidden.append({col.FAILED_TYPE: str(result.type), col.FAILED_MESSAGE: str(result)})
+        arrays = col.table_of(hidden, col.ENCODED)
+        if self._preprocess is not None:
+            packed = [None if new is None else col.pack(new) for new in added]
+            arrays[col.ROW] = pa.array(packed, pa.binary())
+        return col.with_columns(table, arrays)
+
+    def _added(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """What the user's function makes of a row. Raises RowError."""
+        if self._preprocess is None:
+            return {}
+        try:
+            new = self._preprocess(dict(row))
+        except Exception as error:
+            text = f"preprocess raised {type(error).__name__}: {error}"
+            raise RowError(ErrorType.PREPROCESS_ERROR, text) from error
+        if not isinstance(new, Mapping):
+            raise RowError(ErrorType.PREPROCESS_ERROR, f"preprocess returned {type(new).__name__}, want a dict")
+        return dict(new)
+
+    def _request(self, row: Mapping[str, Any], new: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The input columns of a row; a prompt of whatever kind made by preprocess hides those of the table."""
+        inputs = new if any(key in new for key in INPUTS) else row
+        request = {key: inputs[key] for key in INPUTS if key in inputs}
+        own = new.get("sampling_params")
+        if isinstance(own, Mapping):  # Python's own, so a None in it is meant: max_tokens=None has no limit
+            return {**request, "sampling_params": SamplingParams.from_row({**self._defaults, **own})}
+        if "sampling_params" not in new:
+            own = row.get("sampling_params")
+        return with_defaults({**request, "sampling_params": own}, self._defaults)
+
+
+def finish(table: pa.Table, postprocess: RowFunction | None, on_error: str) -> pa.Table:
+    """Unpack what preprocess added, call postprocess, and give good and failed rows the same columns."""
+    added = None
+    if col.ROW in table.column_names:
+        added = [col.unpack(data) for data in table.column(col.ROW).to_pylist()]
+    table = col.without(table, col.HIDDEN)
+    outputs = [name for name in col.OUTPUT.names if name in table.column_names]
+    if postprocess is None:
+        return _with_added(table, added or [], outputs)
+    rows = table.to_pylist()
+    for row, new in zip(rows, added or [], strict=added is not None):
+        row.update({key: value for key, value in new.items() if key not in outputs})
+    results: list[Mapping[str, Any] | None] = []
+    errors: list[RowError | None] = []
+    for index, row in enumerate(rows):
+        failed = row["error_type"] is not None
+        error = RowError(ErrorType(row["error_type"]), row["error_message"]) if failed else None
+        result: Any = None
+        try:
+            result = postprocess(dict(row))
+            if not isinstance(result, Mapping):
+                raise TypeError(f"it returned {type(result).__name__}, want a dict")
+        except Exception as problem:  # the user's code raises what it likes
+            result = None
+            text = f"postprocess raised {type(problem).__name__}: {problem}"
+            error = error or RowError(ErrorType.POSTPROCESS_ERROR, text)
+        if error is not None and not failed and on_error == "raise":
+            col.raise_row(error, row, index)
+        results.append(result)
+        errors.append(error)
+    return _result_table(table, rows, results, errors, postprocess)
+
+
+def _with_added(table: pa.Table, added: Sequence[Mapping[str, Any]], outputs: Sequence[str]) -> pa.Table:
+    names = dict.fromkeys(name for row in added for name in row if name not in outputs)
+    arrays: dict[str, Any] = {}
+    for name in names:
+        old = table.column(name).to_pylist() if name in table.column_names else [None] * len(added)
+        arrays[name] = to_array([row.get(name, before) for row, before in zip(added, old, strict=True)])
+    return col.with_columns(table, arrays)
+
+
+def _result_table(
+    table: pa.Table,
+    rows: Sequence[Mapping[str, Any]],
+    results: Sequence[Mapping[str, Any] | None],
+    errors: Sequence[RowError | None],
+    postprocess: RowFunction,
+) -> pa.Table:
+    """The columns that postprocess returned. A failed row that it could not take keeps those of its own columns that
+    have these names; the rest of it is null."""
+    good = [result for result, error in zip(results, errors, strict=True) if result is not None and error is None]
+    shape = good or [result for result in results if result is not None]
+    sample = _probe(rows[0], postprocess) if not good else {}
+    names = list(dict.fromkeys(name for result in [*shape, sample] for name in result)) or table.column_names
+    arrays: dict[str, Any] = {}
+    for name in names:
+        values = [
+            row.get(name) if result is None else result.get(name) for row, result in zip(rows, results, strict=True)
+        ]
+        if name in table.column_names and all(value is row.get(name) for value, row in zip(values, rows, strict=True)):
+            arrays[name] = table.column(name)  # passed through: it keeps its Arrow type
+            continue
+        arrays[name] = to_array(values, like=[sample[name]] if name in sample else None)
+    own = [set(result) for result in results if result is not None]
+    for name, index in (("error_type", 0), ("error_message", 1)):
+        if not any(name in keys for keys in own):
+            texts = [None if error is None else (str(error.type), str(error))[index] for error in errors]
+            arrays[name] = pa.array(texts, pa.string())
+    return pa.table(arrays)
+
+
+def _probe(row: Mapping[str, Any], postprocess: RowFunction) -> Mapping[str, Any]:
+    """What postprocess returns for the row with empty outputs: the columns, and their types, of a good row.
+
+    Only for a block in which every row failed, whose columns would otherwise have no type.
+    """
+    empty = {"generated_text": "", "generated_tokens": [0], "finish_reason": "stop", "error_type": None}
+    counts = {name: 0 for name in ("num_input_tokens", "num_generated_tokens", "num_cached_tokens")}
+    try:
+        result = postprocess({**row, **empty, **counts, "error_message": None})
+    except Exception:
+        return {}
+    return result if isinstance(result, Mapping) else {}
+
+
+def to_array(values: Sequence[Any], like: Sequence[Any] | None = None) -> pa.Array:
+    """An Arrow array of Python values; what Arrow has no type for becomes its text.
+
+    Args:
+        values: None is null. like: values whose type is taken when all of `values` are None.
+    """
+    values = [value.tolist() if isinstance(value, np.ndarray | np.generic) else value for value in values]
+    try:
+        array = pa.array(values)
+        if pa.types.is_null(array.type) and like is not None:
+            array = array.cast(pa.array(like).type)
+        return array
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError):
+        return pa.array([None if value is None else str(value) for value in values], pa.string())

@@ -1,0 +1,61 @@
+"""What the engines of a job are doing, gathered in one light actor for whoever draws the live line."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import ray
+
+_GAUGES = ("num_running", "num_waiting")  # of now; all other counts only grow
+_FRESH_S = 10.0  # an engine that has been silent for longer runs nothing
+
+
+@ray.remote(num_cpus=0)
+class StatsBoard:
+    """Make one with `StatsBoard.remote()` and hand it to `build_processor(..., stats_actor=board)`."""
+
+    def __init__(self) -> None:
+        self._engines: dict[str, tuple[float, dict[str, float]]] = {}
+
+    def report(self, engine_id: str, stats: Mapping[str, float]) -> None:
+        """Keep an engine's newest EngineStats, as a dict."""
+        self._engines[engine_id] = (time.monotonic(), dict(stats))
+
+    def snapshot(self) -> dict[str, float]:
+        """Sums over the engines, `kv_usage` as their mean, and `num_engines` that reported of late."""
+        now = time.monotonic()
+        fresh = [stats for at, stats in self._engines.values() if now - at < _FRESH_S]
+        total: dict[str, float] = {"num_engines": len(fresh)}
+        for _, stats in self._engines.values():
+            for name, value in stats.items():
+                if name not in _GAUGES and name != "kv_usage":
+                    total[name] = total.get(name, 0) + value
+        for name in _GAUGES:
+            total[name] = sum(stats[name] for stats in fresh)
+        total["kv_usage"] = sum(stats["kv_usage"] for stats in fresh) / max(1, len(fresh))
+        return total
+
+
+def report_every_second(board: Any, engine_id: str, stats: Callable[[], Any]) -> Callable[[], None]:
+    """Send `stats()` to the board from a thread of its own; returns what ends it, after a last report."""
+    ended = threading.Event()
+
+    def run() -> None:
+        while True:
+            last = ended.wait(1.0)
+            board.report.remote(engine_id, asdict(stats()))
+            if last:
+                return
+
+    thread = threading.Thread(target=run, name="rayinfer-stats", daemon=True)
+    thread.start()
+
+    def end() -> None:
+        ended.set()
+        thread.join(timeout=5)
+
+    return end
