@@ -36,13 +36,14 @@ class MessageSpec(_Spec):
 
 class ProcessorSpec(_Spec):
     batch_size: Annotated[int | None, Field(ge=1, description="rows given to an engine at once")] = None
-    concurrency: Annotated[int | list[int], Field(description="engines, or [min, max]")] = 1
+    concurrency: Annotated[int | tuple[int, int], Field(description="engines, or [min, max]")] = 1
 
-    @field_validator("concurrency")
+    @field_validator("concurrency", mode="before")
     @classmethod
-    def _range(cls, value: int | list[int]) -> int | list[int]:
-        low, high = (value, value) if isinstance(value, int) else (value[0], value[-1])
-        if not 1 <= low <= high or (isinstance(value, list) and len(value) != 2):
+    def _range(cls, value: Any) -> Any:
+        some = value if isinstance(value, list | tuple) else [value]
+        whole = all(isinstance(item, int) and not isinstance(item, bool) for item in some)
+        if not whole or len(some) not in (1, 2) or not 1 <= some[0] <= some[-1]:
             raise ValueError("want a number of engines >= 1, or [min, max]")
         return value
 

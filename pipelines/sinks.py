@@ -1,7 +1,7 @@
 """The sink: finished rows become part files; what reaches the driver is one small entry a part.
 
-A part's name is the hash of its bytes: a task that Ray runs again writes the same file again, not a second one. A part that
-no entry names is garbage, and `finish` removes it.
+A part's name is the hash of its bytes: a task that Ray runs again writes the same file again, not a second one. A part
+that no entry names is garbage, and `sweep` removes it.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from rayinfer.errors import ConfigError, nearest
-from rayinfer.pipelines.job import SinkSpec
+from rayinfer.pipelines.job import JobSpec, SinkSpec
 from rayinfer.pipelines.keys import KeyDigest
 from rayinfer.pipelines.sources import KEY, SOURCE, Census
+from rayinfer.processors.columns import OUTPUT, WHEN_ASKED
 
 PART_PREFIX = "part-"
 TEMP_PREFIX = ".rayinfer-"
@@ -35,17 +36,16 @@ MARKER = "_rayinfer.json"
 SAMPLES_PER_PART = 3
 SAMPLE_CHARS = 400
 
-# What the engine adds to every row, good or bad.
-RESULT_SCHEMA = pa.schema(
-    [
-        ("generated_text", pa.string()),
-        ("finish_reason", pa.string()),
-        ("num_input_tokens", pa.int64()),
-        ("num_generated_tokens", pa.int64()),
-        ("num_cached_tokens", pa.int64()),
-        ("error_type", pa.string()),
-        ("error_message", pa.string()),
-    ]
+# What the engine adds to every row, good or bad; log-probabilities only if the job asks for them.
+RESULTS = (
+    "generated_text",
+    "finish_reason",
+    "num_input_tokens",
+    "num_generated_tokens",
+    "num_cached_tokens",
+    "error_type",
+    "error_message",
+    "attempts",
 )
 
 # On these a write is seen whole or not at all; elsewhere a part is written aside and moved.
@@ -91,12 +91,15 @@ class PartWriter:
         return pa.table({"entry": pa.array(entries, pa.string())})
 
 
-def output_schema(census: Census, sink: SinkSpec) -> pa.Schema:
+def output_schema(census: Census, spec: JobSpec) -> pa.Schema:
     """Columns of the output table: the key, the kept source columns, the result.
 
     Raises:
         ConfigError: an unknown column, one whose name the result needs, one that the format cannot hold.
     """
+    sink = spec.sink
+    results = [OUTPUT.field(name) for name in RESULTS]
+    results += [OUTPUT.field(name) for name in WHEN_ASKED if getattr(spec.sampling, name) is not None]
     names = sink.columns if sink.columns is not None else census.schema.names
     for name in names:
         if name not in census.schema.names:
@@ -110,18 +113,20 @@ def output_schema(census: Census, sink: SinkSpec) -> pa.Schema:
         fields.insert(0, pa.field(KEY, pa.string()))
     elif id_column not in names:
         fields.insert(0, census.schema.field(id_column))  # without its key no row can be accounted for
+    taken = {column.name for column in results} | ({KEY} if id_column is None else set())
     for column in fields[id_column is None :]:
-        if column.name in RESULT_SCHEMA.names or (column.name == KEY and id_column is None):
+        if column.name in taken:
             raise ConfigError(
                 f"sink.columns: the source has a column {column.name!r}, a name that the output uses; "
                 "leave it out with sink.columns"
             )
+    for column in fields + results:
         if sink.format != "parquet" and not _fits_text(column.type, nested=sink.format == "jsonl"):
             raise ConfigError(
                 f"sink.format = {sink.format!r} cannot hold column {column.name!r} of type {column.type}; "
                 "leave it out with sink.columns, or write parquet"
             )
-    return pa.schema(fields + list(RESULT_SCHEMA))
+    return pa.schema(fields + results)
 
 
 def _fits_text(kind: pa.DataType, nested: bool) -> bool:
@@ -135,24 +140,25 @@ def flatten(batch: pa.Table, schema: pa.Schema) -> pa.Table:
     source = batch[SOURCE].combine_chunks()
     columns = []
     for column in schema:
-        if column.name in RESULT_SCHEMA.names:
-            values = batch[column.name] if column.name in batch.column_names else pa.nulls(batch.num_rows, column.type)
-        elif column.name == KEY and source.type.get_field_index(KEY) < 0:
-            values = batch[KEY]
-        else:
+        if source.type.get_field_index(column.name) >= 0 and column.name not in OUTPUT.names:
             values = pc.struct_field(source, column.name)
+        else:
+            values = batch[column.name]
         columns.append(values if values.type == column.type else values.cast(column.type))
     return pa.table(columns, schema=schema)
 
 
 def summarize(table: pa.Table, name: str, data: bytes, sha256: str, digest: KeyDigest) -> Entry:
     errors = Counter(value for value in table["error_type"].to_pylist() if value is not None)
-    tokens = {key: pc.sum(table[key]).as_py() or 0 for key in RESULT_SCHEMA.names if key.startswith("num_")}
+    counts = {key: pc.sum(table[key]).as_py() or 0 for key in RESULTS if key.startswith("num_")}
+    rows = table.select([column.name for column in table.schema if column.name not in WHEN_ASKED])
+    bad = pc.indices_nonzero(pc.is_valid(table["error_type"]))[:1]
     samples = [
-        {key: _short(value) for key, value in row.items()} for row in table.slice(0, SAMPLES_PER_PART).to_pylist()
+        {key: _short(value) for key, value in row.items()}
+        for row in rows.slice(0, SAMPLES_PER_PART).to_pylist() + rows.take(bad).to_pylist()
     ]
     num_ok = table.num_rows - sum(errors.values())
-    return Entry(name, table.num_rows, num_ok, len(data), sha256, digest.hex(), dict(errors), samples=samples, **tokens)
+    return Entry(name, table.num_rows, num_ok, len(data), sha256, digest.hex(), dict(errors), samples=samples, **counts)
 
 
 def _short(value: Any) -> Any:
@@ -246,7 +252,9 @@ def check_sink(sink: SinkSpec, source_uri: str, *, overwrite: bool) -> list[str]
     ours = [file for file in files if _is_ours(file)]
     if len(ours) != len(files):
         other = next(file for file in files if file not in set(ours))
-        raise ConfigError(f"{place}: holds {len(files)} file(s), among them {other!r}, which no job wrote; name an empty folder")
+        raise ConfigError(
+            f"{place}: holds {len(files)} file(s), among them {other!r}, which no job wrote; name an empty folder"
+        )
     if ours and not overwrite:
         what = "a finished job" if MARKER in ours else "an unfinished job"
         raise ConfigError(f"{place}: holds {len(ours)} file(s) of {what}; give --overwrite or name another folder")

@@ -1,7 +1,7 @@
 """Sources: Parquet, JSONL and CSV files behind any fsspec URI, cut into read units with a key for every row.
 
-The driver takes a census before anything starts: files, columns, rows, and the digest of all keys. Ray Data's own readers
-are not used because a row there does not know its place in its file, so no stable key can be made without an id column.
+The driver takes a census before anything starts: files, columns, rows, and the digest of all keys. Ray Data's own
+readers are not used because a row there does not know its place in its file, and so has no stable key without an id.
 
 Every row goes through Ray as `row_key` (string), `source` (struct of the row's columns, so that no column of the user
 can meet one of the engine) and `source_error` (string; why the row could not be read, else null).
@@ -75,7 +75,7 @@ class Census:
 
     def dataset(self) -> ray.data.Dataset:
         """The rows as a Ray dataset: one read task for each unit, streamed in blocks of UNIT_ROWS rows."""
-        read = partial(_read_units, spec=self.spec, format=self.format, schema=self.schema)
+        read = _ReadUnits(self.spec, self.format, self.schema)
         units = ray.data.from_items([asdict(unit) for unit in self.units], override_num_blocks=len(self.units))
         return units.map_batches(read, batch_size=1, batch_format="pyarrow")
 
@@ -91,7 +91,9 @@ def take_census(spec: SourceSpec) -> Census:
     format, chosen = _choose_format(spec, files)
     names = {file: _relative(file, root) for file in chosen}
     hive = _hive_types(names.values())
-    scan = partial(_scan_parquet if format == "parquet" else _scan_text, fs, format=format, names=names, limit=spec.limit)
+    scan = partial(
+        _scan_parquet if format == "parquet" else _scan_text, fs, format=format, names=names, limit=spec.limit
+    )
     with ThreadPoolExecutor(NUM_LIST_THREADS) as pool:
         scans = list(pool.map(scan, chosen))
     schema = _merge_schemas([scan.schema for scan in scans], chosen, spec.uri)
@@ -300,9 +302,17 @@ def _keys(unit: Unit, start: int, num_rows: int) -> list[str]:
     return [f"{unit.name}#{row}" for row in range(first, first + num_rows)]
 
 
-def _read_units(units: pa.Table, *, spec: SourceSpec, format: str, schema: pa.Schema) -> Iterator[pa.Table]:
-    for unit in units.to_pylist():
-        yield from _read_unit(Unit(**unit), spec, format, schema)
+class _ReadUnits:
+    """`map_batches` function over units; each table that it yields is a block, so that a big unit moves on at once."""
+
+    yields_blocks = True  # read by rayinfer.processors.ray_compat
+
+    def __init__(self, spec: SourceSpec, format: str, schema: pa.Schema):
+        self.spec, self.format, self.schema = spec, format, schema
+
+    def __call__(self, units: pa.Table) -> Iterator[pa.Table]:
+        for unit in units.to_pylist():
+            yield from _read_unit(Unit(**unit), self.spec, self.format, self.schema)
 
 
 def _read_unit(unit: Unit, spec: SourceSpec, format: str, schema: pa.Schema) -> Iterator[pa.Table]:
@@ -327,11 +337,15 @@ def _read_unit(unit: Unit, spec: SourceSpec, format: str, schema: pa.Schema) -> 
         yield pa.table({KEY: keys, SOURCE: source, SOURCE_ERROR: pa.array(errors, pa.string())})
         done += chunk.num_rows
     if done != unit.num_rows:
-        raise OSError(f"{unit.file}: {done} rows where the census counted {unit.num_rows}: the file changed under the job")
+        raise OSError(
+            f"{unit.file}: {done} rows where the census counted {unit.num_rows}: the file changed under the job"
+        )
 
 
 def read_chunks_of(fs: Any, unit: Unit, format: str, schema: pa.Schema) -> Iterator[Chunk]:
-    return read_chunks(fs, unit.file, format, UNIT_ROWS, offset=unit.offset, first_row=unit.first_row, num_rows=unit.num_rows)
+    return read_chunks(
+        fs, unit.file, format, UNIT_ROWS, offset=unit.offset, first_row=unit.first_row, num_rows=unit.num_rows
+    )
 
 
 def _parquet_chunks(fs: Any, unit: Unit, format: str, schema: pa.Schema) -> Iterator[Chunk]:

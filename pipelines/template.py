@@ -100,9 +100,7 @@ class PromptTemplate:
         if self._prompt is not None:
             return {"prompt": texts[0]}
         return {
-            "messages": [
-                {"role": role, "content": text} for (role, _), text in zip(self._messages, texts, strict=True)
-            ]
+            "messages": [{"role": role, "content": text} for (role, _), text in zip(self._messages, texts, strict=True)]
         }
 
 

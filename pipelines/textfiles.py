@@ -53,12 +53,13 @@ def read_chunks(
         columns: dict[str, list[Any]] = {name: [] for name in header}
         errors: list[str | None] = []
         start = 0
-        done = 0
-        for begin, record in records:
+        for done, (begin, record) in enumerate(records, 1):
             if not errors:
                 start = begin
-            row, error = _parse(record, header, first_row + done) if format == "csv" else _parse_json(
-                record, first_row + done
+            row, error = (
+                _parse(record, header, first_row + done - 1)
+                if format == "csv"
+                else _parse_json(record, first_row + done - 1)
             )
             for name in row:
                 if name not in columns:
@@ -66,7 +67,6 @@ def read_chunks(
             errors.append(error)
             for name, values in columns.items():
                 values.append(row.get(name))
-            done += 1
             if len(errors) == size or done == num_rows:
                 yield Chunk(start, len(errors), columns, errors)
                 columns, errors = {name: [] for name in header}, []

@@ -1,0 +1,155 @@
+"""What a person sees while a job runs: a live line on a terminal, a plain line every few seconds elsewhere."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+POLL_SECONDS = 1.0
+PLAIN_SECONDS = 5.0
+RATE_SECONDS = 30.0  # rates are means over this window: long enough not to jump, short enough to be news
+
+Stats = Mapping[str, Any]
+
+
+class Progress:
+    """Shows a job of `num_rows` rows until it is closed.
+
+    Args:
+        poll: called about once a second in the display's own thread; returns the engines' counters (num_finished,
+            num_failed, num_prompt_tokens, num_generated_tokens, num_running, num_waiting, kv_usage), or None when there
+            are none yet.
+    """
+
+    def __init__(self, console: Console, num_rows: int, poll: Callable[[], Stats | None]):
+        self._console = console
+        self._num_rows = num_rows
+        self._poll = poll
+        self._phase = ""
+        self._num_written = 0
+        self._stats: Stats = {}
+        self._history: deque[tuple[float, int, int, int]] = deque()  # time, rows, prompt tokens, generated tokens
+        self._phase_start = time.monotonic()
+        self._stop = threading.Event()
+        self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+        self._spinner = Spinner("dots")
+        self._thread = threading.Thread(target=self._run, name="rayinfer-progress", daemon=True)
+
+    def __enter__(self) -> Progress:
+        if self._live:
+            self._live.start()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        self._thread.join(timeout=5)
+        if self._live:
+            self._live.stop()
+
+    def phase(self, name: str) -> None:
+        """Say what the job does now; counts are shown from the first finished or running row on."""
+        self._phase, self._phase_start = name, time.monotonic()
+        if self._live is None:
+            self._console.print(Text(name))
+        else:
+            self._live.update(self._render(), refresh=True)
+
+    def written(self, num_rows: int) -> None:
+        """Count rows that are in a part of the output."""
+        self._num_written += num_rows
+
+    @property
+    def num_done(self) -> int:
+        stats = self._stats
+        return min(max(stats.get("num_finished", 0) + stats.get("num_failed", 0), self._num_written), self._num_rows)
+
+    def _run(self) -> None:
+        next_plain = time.monotonic() + PLAIN_SECONDS
+        while not self._stop.wait(POLL_SECONDS):
+            self._stats = self._poll() or self._stats
+            self._note(time.monotonic())
+            if self._live:
+                self._live.update(self._render(), refresh=True)
+            elif time.monotonic() >= next_plain:
+                next_plain += PLAIN_SECONDS
+                self._console.print(Text(self._plain()), soft_wrap=True)
+
+    def _note(self, now: float) -> None:
+        stats = self._stats
+        self._history.append(
+            (now, self.num_done, stats.get("num_prompt_tokens", 0), stats.get("num_generated_tokens", 0))
+        )
+        while len(self._history) > 2 and now - self._history[0][0] > RATE_SECONDS:
+            self._history.popleft()
+
+    def rates(self) -> tuple[float, float, float]:
+        """Rows, prompt tokens and generated tokens a second, over the last RATE_SECONDS."""
+        if len(self._history) < 2:
+            return 0.0, 0.0, 0.0
+        first, last = self._history[0], self._history[-1]
+        seconds = max(last[0] - first[0], 1e-9)
+        return tuple((b - a) / seconds for a, b in zip(first[1:], last[1:], strict=True))  # type: ignore[return-value]
+
+    def _facts(self) -> list[str]:
+        """The figures, the most wanted first: a narrow terminal drops the last ones."""
+        rows, tokens_in, tokens_out = self.rates()
+        stats = self._stats
+        failed = stats.get("num_failed", 0)
+        left = self._num_rows - self.num_done
+        eta = [f"eta {clock(left / rows)}"] if rows > 0 and left else []
+        return [
+            *([f"{failed:,} failed"] if failed else []),
+            f"{rows:,.1f} rows/s",
+            *eta,
+            f"out {tokens_out:,.0f} tok/s",
+            f"in {tokens_in:,.0f} tok/s",
+            f"running {stats.get('num_running', 0):,}",
+            f"waiting {stats.get('num_waiting', 0):,}",
+            f"KV {stats.get('kv_usage', 0.0):.0%}",
+        ]
+
+    def _started(self) -> bool:
+        return bool(self.num_done or self._stats.get("num_running"))
+
+    def _plain(self) -> str:
+        if not self._started():
+            return f"{self._phase} ({clock(time.monotonic() - self._phase_start)})"
+        share = self.num_done / self._num_rows
+        return f"{self.num_done:,}/{self._num_rows:,} rows ({share:.0%}), " + ", ".join(self._facts())
+
+    def _render(self) -> RenderableType:
+        if not self._started():
+            self._spinner.update(text=Text(f"{self._phase}  {clock(time.monotonic() - self._phase_start)}"))
+            return self._spinner
+        bar = Table.grid(padding=(0, 1), expand=True)
+        bar.add_column(ratio=1)
+        bar.add_column(no_wrap=True)
+        count = Text(f"{self.num_done:,}/{self._num_rows:,} rows {self.num_done / self._num_rows:>4.0%}")
+        bar.add_row(ProgressBar(total=self._num_rows, completed=self.num_done), count)
+        line, width = "", self._console.width
+        for fact in self._facts():
+            if len(line) + 2 + len(fact) > width:
+                break
+            line += f"{'  ' if line else ''}{fact}"
+        return Group(bar, Text(line, style="dim", no_wrap=True))
+
+
+def clock(seconds: float) -> str:
+    """`42s`, `3m05s`, `2h07m`."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"

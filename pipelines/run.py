@@ -1,0 +1,271 @@
+"""Run a job: refuse what is wrong on the driver, then read, answer, write, and check the row equation."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.data
+from rich.console import Console
+from rich.text import Text
+
+import rayinfer
+from rayinfer.errors import ConfigError, ErrorType, RowError
+from rayinfer.inputs import load_tokenizer
+from rayinfer.models.load import inspect_model
+from rayinfer.pipelines.job import JobSpec
+from rayinfer.pipelines.keys import KeyDigest
+from rayinfer.pipelines.progress import Progress
+from rayinfer.pipelines.report import JobResult
+from rayinfer.pipelines.sinks import MARKER, Entry, PartWriter, check_sink, clear, output_schema, sweep, write_whole
+from rayinfer.pipelines.sources import KEY, SOURCE, SOURCE_ERROR, Census, take_census
+from rayinfer.pipelines.template import PromptTemplate
+from rayinfer.processors import EngineProcessorConfig, StatsBoard, build_processor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A job that was found to be right; nothing has been started or removed yet."""
+
+    spec: JobSpec
+    census: Census
+    schema: pa.Schema  # of the output
+    old_files: list[str]  # of an earlier run, in the output folder
+
+
+def prepare(spec: JobSpec, *, overwrite: bool = False) -> Plan:
+    """Check the whole job on the driver.
+
+    Raises:
+        ConfigError: anything that the user has to change; no engine was started, no file removed.
+    """
+    old_files = check_sink(spec.sink, spec.source.uri, overwrite=overwrite)
+    census = take_census(spec.source)
+    spec.template().check_columns(census.schema.names)
+    schema = output_schema(census, spec)
+    inspect_model(spec.model)
+    if spec.messages is not None:
+        tokenizer = load_tokenizer(spec.model)
+        if tokenizer is None or not tokenizer.chat_template:
+            raise ConfigError(f"messages: the model {spec.model.model!r} has no chat template; write `prompt` instead")
+    return Plan(spec, census, schema, old_files)
+
+
+class RenderPrompt:
+    """`preprocess` of the job: a source row becomes the prompt or the messages."""
+
+    def __init__(self, template: PromptTemplate):
+        self.template = template
+
+    def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        if row[SOURCE_ERROR] is not None:
+            raise RowError(ErrorType.INVALID_PROMPT, row[SOURCE_ERROR])
+        return self.template.render(row[SOURCE])
+
+
+def run_job(
+    spec: JobSpec,
+    *,
+    overwrite: bool = False,
+    address: str | None = None,
+    verbose: bool = False,
+    console: Console | None = None,
+) -> JobResult:
+    """Run a job to its end.
+
+    Args:
+        spec: from `load_job` or `JobSpec.parse`. overwrite: replace the output of an earlier job.
+        address: Ray cluster; default: the Ray that this process is connected to, else one of its own on this machine.
+        verbose: show Ray's own logs and progress. console: where to show progress; default: standard output.
+
+    Returns:
+        The figures. `status` is "complete" only if in = ok + failed holds by key; then the marker file is there.
+
+    Raises:
+        ConfigError: the job was refused; nothing was started.
+    """
+    console = console or Console()
+    times = _Times()
+    plan = prepare(spec, overwrite=overwrite)
+    census = plan.census
+    result = JobResult(output=spec.sink.uri, num_rows_in=census.num_rows, key_column=census.spec.id_column or KEY)
+    console.print(Text(_intro(plan), style="dim"))
+    parts: dict[str, int] = {}
+    keys_out = KeyDigest()
+    board: Any = None
+
+    def poll() -> Mapping[str, Any] | None:
+        stats = ray.get(board.snapshot.remote(), timeout=5) if board is not None else None
+        if stats and stats["num_engines"]:
+            times.enter("run")
+        return stats
+
+    try:
+        with Progress(console, census.num_rows, poll) as progress:
+            times.enter("start")
+            progress.phase("starting Ray")
+            with _ray(address, verbose):
+                times.enter("load")
+                progress.phase("loading the model")
+                board = StatsBoard.remote()
+                dataset = _dataset(plan, board)
+                clear(spec.sink, plan.old_files)
+                for entry in _entries(dataset):
+                    times.enter("run")
+                    result.add(entry)
+                    parts[entry.name] = entry.num_bytes
+                    keys_out.merge(KeyDigest.of(entry.num_rows, entry.keys))
+                    progress.written(entry.num_rows)
+                board = None
+        times.enter("end")
+        result.reason = _check(plan, result, parts, keys_out)
+        result.status = "incomplete" if result.reason else "complete"
+    except KeyboardInterrupt:
+        result.status, result.reason = "interrupted", "stopped before all rows were done"
+    except ray.exceptions.RayError as error:
+        if verbose:
+            console.print_exception()
+        result.reason = _cause(error)
+    times.enter("end")
+    result.seconds = times.seconds
+    if result.complete:
+        write_whole(spec.sink.uri, MARKER, _marker(plan, result, parts))
+    return result
+
+
+class _Times:
+    """Wall time by stage; a stage that was left is not entered again."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._stage, self._since = "check", time.monotonic()
+
+    def enter(self, stage: str) -> None:
+        if stage == self._stage or stage in self.seconds:
+            return
+        now = time.monotonic()
+        self.seconds[self._stage] = now - self._since
+        self._stage, self._since = stage, now
+
+
+@contextmanager
+def _ray(address: str | None, verbose: bool) -> Iterator[None]:
+    """Ray for one job: quiet unless `verbose`, and gone afterwards if it was started here."""
+    loggers = [logging.getLogger(name) for name in ("ray", "ray.data")]
+    levels = [logger.level for logger in loggers]
+    started = not ray.is_initialized()
+    if started:
+        level = logging.INFO if verbose else logging.ERROR
+        ray.init(
+            address=address or "local",
+            include_dashboard=None if address else False,
+            log_to_driver=verbose,
+            logging_level=level,
+        )
+    context = ray.data.DataContext.get_current()
+    before = {name: getattr(context, name) for name in _QUIET}
+    try:
+        if not verbose:
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            for name, value in _QUIET.items():
+                setattr(context, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(context, name, value)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if started:
+            ray.shutdown()
+
+
+_QUIET = {"enable_progress_bars": False, "print_on_execution_start": False}
+
+
+def _dataset(plan: Plan, board: Any) -> ray.data.Dataset:
+    """The whole job as a lazy dataset whose rows are entries of parts."""
+    spec = plan.spec
+    config = EngineProcessorConfig(
+        model_source=spec.model.model,
+        engine_kwargs=spec.model.model_dump(exclude_unset=True, exclude={"model"}),
+        sampling_params=spec.sampling,
+        on_error=spec.on_error,
+        **spec.processor.model_dump(exclude_none=True),
+    )
+    processor = build_processor(config, preprocess=RenderPrompt(spec.template()), stats_actor=board)
+    finished = processor(plan.census.dataset())
+    writer = PartWriter(spec.sink, plan.schema)
+    return finished.map_batches(writer, batch_size=spec.sink.rows_per_part, batch_format="pyarrow")
+
+
+def _entries(dataset: ray.data.Dataset) -> Iterator[Entry]:
+    """Run the dataset; only entries come to the driver, however many rows there are."""
+    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        for text in batch["entry"].to_pylist():
+            yield Entry(**json.loads(text))
+
+
+def _check(plan: Plan, result: JobResult, parts: dict[str, int], keys_out: KeyDigest) -> str:
+    """Return why the table is not complete, or an empty string; remove files that no entry names."""
+    reason = result.check_equation(plan.census.key_digest(), keys_out)
+    if reason:
+        return reason
+    uri = plan.spec.sink.uri
+    wrong, _ = sweep(plan.spec.sink, parts)
+    if wrong:
+        return (
+            f"{len(wrong)} part(s) that workers wrote are not in {uri!r} as the driver sees it (first: {wrong[0]}); "
+            "the folder must be one that all nodes share"
+        )
+    return ""
+
+
+def _marker(plan: Plan, result: JobResult, parts: dict[str, int]) -> bytes:
+    """The success marker: figures and parts. No row of the table is in it."""
+    figures = {key: value for key, value in result.as_dict().items() if key not in ("samples", "reason")}
+    versions = {"rayinfer": rayinfer.__version__, "ray": ray.__version__, "python": platform.python_version()}
+    marker = {
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        **figures,
+        "source": plan.census.spec.model_dump(),
+        "model": plan.spec.model.model_dump(exclude_unset=True),
+        "sampling": plan.spec.sampling.model_dump(exclude_unset=True),
+        "versions": versions,
+        "parts": [{"name": name, "num_bytes": num_bytes} for name, num_bytes in sorted(parts.items())],
+    }
+    return json.dumps(marker, indent=1, default=str).encode()
+
+
+def _intro(plan: Plan) -> str:
+    census = plan.census
+    skipped = f" ({census.num_skipped_files} other file(s) left out)" if census.num_skipped_files else ""
+    files = "1 file" if census.num_files == 1 else f"{census.num_files:,} files"
+    return (
+        f"{census.num_rows:,} rows from {files} ({census.format}){skipped}: {census.spec.uri}\n"
+        f"model: {plan.spec.model.model}"
+    )
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost cause of a failed Ray task, without Ray's frames."""
+    seen: BaseException = error
+    while True:
+        inner = getattr(seen, "cause", None) or seen.__cause__
+        if not isinstance(inner, BaseException) or inner is seen:
+            break
+        seen = inner
+    text = str(seen).strip()
+    if isinstance(seen, ConfigError | RowError):
+        return text
+    last = text.splitlines()[-1] if text else ""
+    return f"{type(seen).__name__}: {last}" if not last.startswith(type(seen).__name__) else last
