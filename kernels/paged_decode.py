@@ -1,0 +1,295 @@
+"""Attention of one query token a row over its paged KV.
+
+Split-KV decoding (Dao et al., "Flash-Decoding", 2023) with the work cut as stream-K cuts a GEMM (Osama et al., 2023):
+a fixed number of programs shares the step's KV tiles equally, whatever the mix of lengths. Each program finds its share
+from `seq_lens` on the device, so one CUDA graph serves every mix and the host never waits. The query heads of one KV
+head sit in one tile (GQA packing): each key and value is read once.
+
+Legend: B rows, H query heads, K key/value heads, G = H / K, D head size, N blocks, S slots a block, P blocks a row.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from rayinfer.kernels.paged_tiles import FLOOR, attend_tiles, check_cache, num_processors
+
+# With fewer tiles each, a program's start and the merge cost more than the tiles.
+_MIN_TILES = 2
+
+
+@triton.jit
+def _first_tile(seq_len, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
+    """First KV tile that a row's query sees."""
+    if WINDOW > 0:
+        return tl.maximum(seq_len - WINDOW, 0) // BLOCK_N
+    else:
+        return seq_len * 0
+
+
+@triton.jit
+def _num_tiles(seq_len, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
+    """KV tiles of a row; one for an empty row too, so that its zeros are written."""
+    return tl.maximum(tl.cdiv(seq_len, BLOCK_N) - _first_tile(seq_len, WINDOW, BLOCK_N), 1)
+
+
+@triton.jit
+def _decode_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    part_ptr,
+    lse_ptr,
+    task_ptr,
+    table_ptr,
+    seq_lens_ptr,
+    num_rows,
+    q_stride_b,
+    q_stride_h,
+    out_stride_b,
+    out_stride_h,
+    table_stride,
+    k_stride_n,
+    k_stride_s,
+    k_stride_k,
+    v_stride_n,
+    v_stride_s,
+    v_stride_k,
+    scale,
+    softcap,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SPLIT: tl.constexpr,
+    MIN_TILES: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Tiles are numbered over (row, KV head, tile of the row); program i takes numbers [i * share, (i + 1) * share)."""
+    pid = tl.program_id(0)
+    if SPLIT:
+        row_B = tl.arange(0, BLOCK_B)
+        len_B = tl.load(seq_lens_ptr + row_B, mask=row_B < num_rows, other=0)
+        tiles_B = tl.where(row_B < num_rows, _num_tiles(len_B, WINDOW, BLOCK_N), 0) * NUM_KV_HEADS
+        end_B = tl.cumsum(tiles_B, 0)
+        total = tl.sum(tiles_B, 0)
+        share = tl.maximum(tl.cdiv(total, tl.num_programs(0)), MIN_TILES)
+        at = pid * share
+        stop = tl.minimum(at + share, total)
+        row = tl.sum((end_B <= at).to(tl.int32), 0)
+        row_start = tl.sum(tl.where(row_B < row, tiles_B, 0), 0)
+        tl.store(task_ptr + 2 * pid, -1)
+    else:
+        row = pid // NUM_KV_HEADS
+        row_start = 0
+        share = _num_tiles(tl.load(seq_lens_ptr + row), WINDOW, BLOCK_N)
+        at = (pid % NUM_KV_HEADS) * share
+        stop = at + share
+
+    m_M = tl.arange(0, BLOCK_M)
+    d_D = tl.arange(0, BLOCK_D)
+    mask_MD = (m_M < GROUP)[:, None] & (d_D < HEAD_DIM)[None, :]
+    while at < stop:
+        seq_len = tl.load(seq_lens_ptr + row)
+        tiles = _num_tiles(seq_len, WINDOW, BLOCK_N)
+        kv_head = (at - row_start) // tiles
+        item_start = row_start + kv_head * tiles
+        begin = at - item_start
+        end = tl.minimum(stop - item_start, tiles)
+        low = _first_tile(seq_len, WINDOW, BLOCK_N)
+
+        q_MD = q_ptr + row.to(tl.int64) * q_stride_b + (kv_head * GROUP + m_M)[:, None] * q_stride_h + d_D[None, :]
+        acc_MD, max_M, sum_M = attend_tiles(
+            tl.load(q_MD, mask=mask_MD, other=0.0),
+            tl.full([BLOCK_M], 0, tl.int32) + (seq_len - 1),
+            tl.zeros([BLOCK_M, BLOCK_D], tl.float32),
+            tl.full([BLOCK_M], FLOOR, tl.float32),
+            tl.zeros([BLOCK_M], tl.float32),
+            k_ptr + kv_head.to(tl.int64) * k_stride_k,
+            v_ptr + kv_head.to(tl.int64) * v_stride_k,
+            table_ptr + row.to(tl.int64) * table_stride,
+            k_stride_n,
+            k_stride_s,
+            v_stride_n,
+            v_stride_s,
+            seq_len,
+            low + begin,
+            low + end,
+            scale,
+            softcap,
+            HEAD_DIM,
+            PAGE,
+            WINDOW,
+            SOFTCAP,
+            True,
+            BLOCK_N,
+        )
+        acc_MD = acc_MD / tl.where(sum_M == 0, 1.0, sum_M)[:, None]
+        if (begin == 0) & (end == tiles):
+            out_MD = out_ptr + row.to(tl.int64) * out_stride_b + d_D[None, :]
+            out_MD += (kv_head * GROUP + m_M)[:, None] * out_stride_h
+            tl.store(out_MD, acc_MD.to(out_ptr.dtype.element_ty), mask=mask_MD)
+        else:
+            # A share touches two cut items at most: one that began before it, and one that goes on after it.
+            part_M = (2 * pid + (begin == 0).to(tl.int32)) * GROUP + m_M
+            tl.store(part_ptr + part_M[:, None] * HEAD_DIM + d_D[None, :], acc_MD, mask=mask_MD)
+            tl.store(lse_ptr + part_M, max_M + tl.log2(sum_M), mask=m_M < GROUP)
+            if begin == 0:
+                tl.store(task_ptr + 2 * pid, row * NUM_KV_HEADS + kv_head)
+                tl.store(task_ptr + 2 * pid + 1, (item_start + tiles - 1) // share)
+        at = item_start + end
+        if at == row_start + tiles * NUM_KV_HEADS:
+            row_start = at
+            row += 1
+
+
+@triton.jit
+def _merge_kernel(
+    part_ptr,
+    lse_ptr,
+    task_ptr,
+    out_ptr,
+    out_stride_b,
+    out_stride_h,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Merge the parts of the item that program `pid` of the decode kernel began and did not end, for one query head."""
+    pid = tl.program_id(0)
+    g = tl.program_id(1)
+    item = tl.load(task_ptr + 2 * pid)
+    if item >= 0:
+        last = tl.load(task_ptr + 2 * pid + 1)
+        d_D = tl.arange(0, BLOCK_D)
+        acc_D = tl.zeros([BLOCK_D], tl.float32)
+        high = FLOOR
+        total = 0.0
+        for first in range(pid, last + 1, BLOCK_P):
+            program_P = first + tl.arange(0, BLOCK_P)
+            part_P = (2 * program_P + (program_P == pid).to(tl.int32)) * GROUP + g
+            lse_P = tl.load(lse_ptr + part_P, mask=program_P <= last, other=float("-inf"))
+            mask_PD = (program_P <= last)[:, None] & (d_D < HEAD_DIM)[None, :]
+            part_PD = tl.load(part_ptr + part_P[:, None] * HEAD_DIM + d_D[None, :], mask=mask_PD, other=0.0)
+            new_high = tl.maximum(high, tl.max(lse_P, 0))
+            weight_P = tl.exp2(lse_P - new_high)
+            decay = tl.exp2(high - new_high)
+            acc_D = acc_D * decay + tl.sum(part_PD * weight_P[:, None], 0)
+            total = total * decay + tl.sum(weight_P, 0)
+            high = new_high
+        row = (item // NUM_KV_HEADS).to(tl.int64)
+        head = (item % NUM_KV_HEADS) * GROUP + g
+        out_D = out_ptr + row * out_stride_b + head * out_stride_h + d_D
+        tl.store(out_D, (acc_D / total).to(out_ptr.dtype.element_ty), mask=d_D < HEAD_DIM)
+
+
+def paged_decode(
+    q_BHD: torch.Tensor,
+    k_NSKD: torch.Tensor,
+    v_NSKD: torch.Tensor,
+    block_table_BP: torch.Tensor,
+    seq_lens_B: torch.Tensor,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    out_BHD: torch.Tensor | None = None,
+    num_programs: int | None = None,
+) -> torch.Tensor:
+    """Attention of each row's last token, at position seq_len - 1, over the row's cached keys and values.
+
+    Args:
+        q_BHD: float32, float16 or bfloat16; the last dimension is contiguous.
+        k_NSKD, v_NSKD: the cache, of q's dtype, in logical order; the memory may be permuted, D contiguous.
+        block_table_BP: int32, blocks of each row.
+        seq_lens_B: int32, cached tokens of each row, the query's own included; a row of 0 gets zeros and reads nothing.
+        scale: factor of q . k; `sliding_window` and `softcap` as in `LayerSpec`.
+        out_BHD: where to write; a new tensor by default.
+        num_programs: how many programs share the tiles; default by device. 0: one for each row and KV head, never
+            split, so that a row's result does not depend on the batch.
+
+    Returns:
+        The output, [B, H, D] of q's dtype; accumulation is in float32.
+    """
+    num_rows, num_heads, head_dim = q_BHD.shape
+    num_kv_heads, group = k_NSKD.shape[2], num_heads // k_NSKD.shape[2]
+    check_cache(k_NSKD, v_NSKD)
+    assert q_BHD.stride(2) == 1
+    assert block_table_BP.stride(1) == 1
+    assert num_heads == group * num_kv_heads
+    out_BHD = torch.empty_like(q_BHD) if out_BHD is None else out_BHD
+    if num_rows == 0:
+        return out_BHD
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_n = min(128, max(16, 16384 // (block_d * q_BHD.element_size())))
+    split = num_programs != 0
+    if num_programs is None:
+        num_programs = num_processors(q_BHD.device) * 2
+    if not split:
+        num_programs = num_rows * num_kv_heads
+    num_parts = 2 * num_programs if split else 0
+    scratch = dict(device=q_BHD.device, dtype=torch.float32)
+    part = torch.empty(num_parts, group, head_dim, **scratch)
+    lse = torch.empty(num_parts, group, **scratch)
+    task = torch.empty(num_parts, device=q_BHD.device, dtype=torch.int32)
+    _decode_kernel[(num_programs,)](
+        q_BHD,
+        k_NSKD,
+        v_NSKD,
+        out_BHD,
+        part,
+        lse,
+        task,
+        block_table_BP,
+        seq_lens_B,
+        num_rows,
+        q_BHD.stride(0),
+        q_BHD.stride(1),
+        out_BHD.stride(0),
+        out_BHD.stride(1),
+        block_table_BP.stride(0),
+        *k_NSKD.stride()[:3],
+        *v_NSKD.stride()[:3],
+        scale,
+        softcap or 0.0,
+        NUM_KV_HEADS=num_kv_heads,
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        PAGE=k_NSKD.shape[1],
+        WINDOW=sliding_window or 0,
+        SOFTCAP=bool(softcap),
+        SPLIT=split,
+        MIN_TILES=_MIN_TILES,
+        BLOCK_B=triton.next_power_of_2(num_rows) if split else 1,
+        BLOCK_M=max(16, triton.next_power_of_2(group)),
+        BLOCK_N=block_n,
+        BLOCK_D=block_d,
+        num_warps=4,
+        num_stages=3,
+    )
+    if split:
+        _merge_kernel[(num_programs, group)](
+            part,
+            lse,
+            task,
+            out_BHD,
+            out_BHD.stride(0),
+            out_BHD.stride(1),
+            NUM_KV_HEADS=num_kv_heads,
+            GROUP=group,
+            HEAD_DIM=head_dim,
+            BLOCK_D=block_d,
+            BLOCK_P=16,
+            num_warps=2,
+        )
+    return out_BHD

@@ -1,0 +1,215 @@
+"""Causal attention of prompt chunks of many lengths over their rows' paged KV (FlashAttention-2, Dao, 2023).
+
+The query heads of one KV head share a tile with the queries (GQA packing): tile row m is query m // G, head m % G.
+
+Legend: T tokens, R rows, H query heads, K key/value heads, G = H / K, D head size, N blocks, S slots a block.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from rayinfer.kernels.paged_tiles import FLOOR, attend_tiles, check_cache
+
+
+@triton.jit
+def _prefill_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    table_ptr,
+    seq_lens_ptr,
+    query_start_ptr,
+    q_stride_t,
+    q_stride_h,
+    out_stride_t,
+    out_stride_h,
+    table_stride,
+    k_stride_n,
+    k_stride_s,
+    k_stride_k,
+    v_stride_n,
+    v_stride_s,
+    v_stride_k,
+    scale,
+    softcap,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # The last tile of a row sees the most keys: it starts first.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    kv_head = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(2).to(tl.int64)
+    BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
+    start = tl.load(query_start_ptr + row)
+    num_queries = tl.load(query_start_ptr + row + 1) - start
+    first_query = tile * BLOCK_Q
+    if first_query < num_queries:
+        seq_len = tl.load(seq_lens_ptr + row)
+        context = seq_len - num_queries
+        m_M = tl.arange(0, BLOCK_M)
+        d_D = tl.arange(0, BLOCK_D)
+        query_M = first_query + m_M // GROUP
+        valid_M = (m_M < BLOCK_Q * GROUP) & (query_M < num_queries)
+        # Position -1 sees no key: rows without a query stay empty.
+        pos_M = tl.where(valid_M, context + query_M, -1)
+        head_M = kv_head * GROUP + m_M % GROUP
+        token_M = (start + query_M).to(tl.int64)
+        mask_MD = valid_M[:, None] & (d_D < HEAD_DIM)[None, :]
+        q_MD = q_ptr + (token_M * q_stride_t + head_M * q_stride_h)[:, None] + d_D[None, :]
+        q_MD = tl.load(q_MD, mask=mask_MD, other=0.0)
+        acc_MD = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        max_M = tl.full([BLOCK_M], FLOOR, tl.float32)
+        sum_M = tl.zeros([BLOCK_M], tl.float32)
+        k_ptr += kv_head * k_stride_k
+        v_ptr += kv_head * v_stride_k
+        table_ptr += row * table_stride
+
+        first_pos = context + first_query
+        last_pos = context + tl.minimum(first_query + BLOCK_Q, num_queries) - 1
+        end = last_pos // BLOCK_N + 1
+        if WINDOW > 0:
+            masked_from = tl.maximum(first_pos - WINDOW + 1, 0) // BLOCK_N
+        else:
+            # Tiles that every query sees whole need no mask.
+            masked_from = (first_pos + 1) // BLOCK_N
+            acc_MD, max_M, sum_M = attend_tiles(
+                q_MD,
+                pos_M,
+                acc_MD,
+                max_M,
+                sum_M,
+                k_ptr,
+                v_ptr,
+                table_ptr,
+                k_stride_n,
+                k_stride_s,
+                v_stride_n,
+                v_stride_s,
+                seq_len,
+                0,
+                masked_from,
+                scale,
+                softcap,
+                HEAD_DIM,
+                PAGE,
+                WINDOW,
+                SOFTCAP,
+                False,
+                BLOCK_N,
+            )
+        acc_MD, max_M, sum_M = attend_tiles(
+            q_MD,
+            pos_M,
+            acc_MD,
+            max_M,
+            sum_M,
+            k_ptr,
+            v_ptr,
+            table_ptr,
+            k_stride_n,
+            k_stride_s,
+            v_stride_n,
+            v_stride_s,
+            seq_len,
+            masked_from,
+            end,
+            scale,
+            softcap,
+            HEAD_DIM,
+            PAGE,
+            WINDOW,
+            SOFTCAP,
+            True,
+            BLOCK_N,
+        )
+        acc_MD = acc_MD / tl.where(sum_M == 0, 1.0, sum_M)[:, None]
+        out_MD = out_ptr + (token_M * out_stride_t + head_M * out_stride_h)[:, None] + d_D[None, :]
+        tl.store(out_MD, acc_MD.to(out_ptr.dtype.element_ty), mask=mask_MD)
+
+
+def paged_prefill(
+    q_THD: torch.Tensor,
+    k_NSKD: torch.Tensor,
+    v_NSKD: torch.Tensor,
+    block_table_RP: torch.Tensor,
+    seq_lens_R: torch.Tensor,
+    query_start_R1: torch.Tensor,
+    *,
+    max_query_len: int,
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    out_THD: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of prompt chunks; query i of a row is at position seq_len - query_len + i and sees up to itself.
+
+    Args:
+        q_THD: float32, float16 or bfloat16; the last dimension is contiguous.
+        k_NSKD, v_NSKD: the cache, of q's dtype, in logical order, the chunks' own tokens already written.
+        block_table_RP: int32, blocks of each row.
+        seq_lens_R: int32, cached tokens of each row, the chunk's own included.
+        query_start_R1: int32 [R + 1], first token of each row in `q_THD`; tokens of no row are left alone.
+        max_query_len: at least the longest chunk; longer chunks would be cut off.
+        scale: factor of q . k; `sliding_window` and `softcap` as in `LayerSpec`.
+        out_THD: where to write; a new tensor by default.
+
+    Returns:
+        The output, [T, H, D] of q's dtype; accumulation is in float32.
+    """
+    num_heads, head_dim = q_THD.shape[1:]
+    num_rows, num_kv_heads = seq_lens_R.shape[0], k_NSKD.shape[2]
+    group = num_heads // num_kv_heads
+    check_cache(k_NSKD, v_NSKD)
+    assert q_THD.stride(2) == 1
+    assert block_table_RP.stride(1) == 1
+    assert num_heads == group * num_kv_heads
+    out_THD = torch.empty_like(q_THD) if out_THD is None else out_THD
+    if num_rows == 0 or max_query_len == 0:
+        return out_THD
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    if q_THD.element_size() == 4:
+        block_m, block_n, num_warps, num_stages = 64, 32, 4, 2
+    elif block_d > 128:
+        block_m, block_n, num_warps, num_stages = 128, 32, 8, 2
+    else:
+        block_m, block_n, num_warps, num_stages = 128, 64, 8, 3
+    num_tiles = triton.cdiv(max_query_len, block_m // group)
+    _prefill_kernel[(num_tiles, num_kv_heads, num_rows)](
+        q_THD,
+        k_NSKD,
+        v_NSKD,
+        out_THD,
+        block_table_RP,
+        seq_lens_R,
+        query_start_R1,
+        q_THD.stride(0),
+        q_THD.stride(1),
+        out_THD.stride(0),
+        out_THD.stride(1),
+        block_table_RP.stride(0),
+        *k_NSKD.stride()[:3],
+        *v_NSKD.stride()[:3],
+        scale,
+        softcap or 0.0,
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        PAGE=k_NSKD.shape[1],
+        WINDOW=sliding_window or 0,
+        SOFTCAP=bool(softcap),
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_D=block_d,
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
+    return out_THD

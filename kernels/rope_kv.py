@@ -1,0 +1,284 @@
+"""What happens between the QKV projection and attention, in one pass: QK-norm, rotary, and the write into the cache.
+
+Legend: T tokens, C = (H + 2K) * D, H query heads, K key/value heads, D head size, N blocks, S slots a block,
+M positions of the rotary table, R rotary width; in the kernels, E rows of (token, head) and J half of R.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+_ROWS = 32
+
+
+@triton.jit
+def _slot_offset(slot_E, stride_n, stride_s, PAGE: tl.constexpr):
+    """Offset of cache slots, in elements: caches hold more than 2**31 of them."""
+    return (slot_E // PAGE) * stride_n + (slot_E % PAGE) * stride_s
+
+
+@triton.jit
+def _normed(x_EJ, rstd_E, weight_ptr, d_J, mask_J, GEMMA: tl.constexpr, DTYPE: tl.constexpr):
+    """RMS norm in transformers' rounding: Gemma's multiplies in float32, the others round before the weight."""
+    w_J = tl.load(weight_ptr + d_J, mask=mask_J, other=0.0).to(tl.float32)
+    x_EJ = x_EJ * rstd_E[:, None]
+    if GEMMA:
+        x_EJ = x_EJ * (1.0 + w_J)[None, :]
+    else:
+        x_EJ = x_EJ.to(DTYPE).to(tl.float32) * w_J[None, :]
+    return x_EJ.to(DTYPE).to(tl.float32)
+
+
+@triton.jit
+def _qk_norm_rope_write_kernel(
+    qkv_ptr,
+    cos_ptr,
+    sin_ptr,
+    positions_ptr,
+    slots_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    num_tokens,
+    qkv_stride,
+    table_stride,
+    k_stride_n,
+    k_stride_s,
+    k_stride_k,
+    v_stride_n,
+    v_stride_s,
+    v_stride_k,
+    eps,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ROTARY: tl.constexpr,
+    NORM: tl.constexpr,
+    GEMMA: tl.constexpr,
+    PAGE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+):
+    """A program holds ROWS (token, head) pairs of one kind: first all programs of q, then those of k, then of v."""
+    DTYPE: tl.constexpr = qkv_ptr.dtype.element_ty
+    HALF: tl.constexpr = ROTARY // 2
+    pid = tl.program_id(0)
+    num_q = tl.cdiv(num_tokens * NUM_HEADS, ROWS)
+    num_k = tl.cdiv(num_tokens * NUM_KV_HEADS, ROWS)
+    kind = (pid >= num_q).to(tl.int32) + (pid >= num_q + num_k).to(tl.int32)
+    heads = tl.where(kind == 0, NUM_HEADS, NUM_KV_HEADS)
+    block = tl.where(kind == 0, pid, tl.where(kind == 1, pid - num_q, pid - num_q - num_k))
+    source_head = tl.where(kind == 0, 0, tl.where(kind == 1, NUM_HEADS, NUM_HEADS + NUM_KV_HEADS))
+
+    e_E = block * ROWS + tl.arange(0, ROWS)
+    token_E = (e_E // heads).to(tl.int64)
+    head_E = e_E % heads
+    real_E = token_E < num_tokens
+    j_J = tl.arange(0, BLOCK_J)
+    half_J = j_J < HALF
+    mask_EJ = real_E[:, None] & half_J[None, :]
+    x_EJ = qkv_ptr + (token_E * qkv_stride + (source_head + head_E) * HEAD_DIM)[:, None] + j_J[None, :]
+    low_EJ = tl.load(x_EJ, mask=mask_EJ, other=0.0).to(tl.float32)
+    high_EJ = tl.load(x_EJ + HALF, mask=mask_EJ, other=0.0).to(tl.float32)
+    r_R = ROTARY + tl.arange(0, BLOCK_REST)
+    mask_ER = real_E[:, None] & (r_R < HEAD_DIM)[None, :]
+    if ROTARY < HEAD_DIM:
+        x_ER = qkv_ptr + (token_E * qkv_stride + (source_head + head_E) * HEAD_DIM)[:, None] + r_R[None, :]
+        rest_ER = tl.load(x_ER, mask=mask_ER, other=0.0).to(tl.float32)
+    else:
+        rest_ER = tl.zeros([ROWS, BLOCK_REST], tl.float32)
+
+    if kind < 2:
+        if NORM:
+            weight_ptr = q_weight_ptr if kind == 0 else k_weight_ptr
+            square_E = tl.sum(low_EJ * low_EJ, 1) + tl.sum(high_EJ * high_EJ, 1) + tl.sum(rest_ER * rest_ER, 1)
+            rstd_E = tl.rsqrt(square_E / HEAD_DIM + eps)
+            low_EJ = _normed(low_EJ, rstd_E, weight_ptr, j_J, half_J, GEMMA, DTYPE)
+            high_EJ = _normed(high_EJ, rstd_E, weight_ptr, j_J + HALF, half_J, GEMMA, DTYPE)
+            if ROTARY < HEAD_DIM:
+                rest_ER = _normed(rest_ER, rstd_E, weight_ptr, r_R, r_R < HEAD_DIM, GEMMA, DTYPE)
+        position_E = tl.load(positions_ptr + token_E, mask=real_E, other=0)
+        angle_EJ = (position_E * table_stride)[:, None] + j_J[None, :]
+        cos_low_EJ = tl.load(cos_ptr + angle_EJ, mask=mask_EJ, other=0.0).to(tl.float32)
+        cos_high_EJ = tl.load(cos_ptr + angle_EJ + HALF, mask=mask_EJ, other=0.0).to(tl.float32)
+        sin_low_EJ = tl.load(sin_ptr + angle_EJ, mask=mask_EJ, other=0.0).to(tl.float32)
+        sin_high_EJ = tl.load(sin_ptr + angle_EJ + HALF, mask=mask_EJ, other=0.0).to(tl.float32)
+        turned_EJ = low_EJ * cos_low_EJ - high_EJ * sin_low_EJ
+        high_EJ = high_EJ * cos_high_EJ + low_EJ * sin_high_EJ
+        low_EJ = turned_EJ
+
+    if kind == 0:
+        target_E = (token_E * NUM_HEADS + head_E) * HEAD_DIM
+        target_ptr = q_ptr
+    else:
+        slot_E = tl.load(slots_ptr + token_E, mask=real_E, other=-1)
+        real_E = real_E & (slot_E >= 0)
+        if kind == 1:
+            target_E = _slot_offset(slot_E, k_stride_n, k_stride_s, PAGE) + head_E * k_stride_k
+            target_ptr = k_ptr
+        else:
+            target_E = _slot_offset(slot_E, v_stride_n, v_stride_s, PAGE) + head_E * v_stride_k
+            target_ptr = v_ptr
+    mask_EJ = mask_EJ & real_E[:, None]
+    target_EJ = target_ptr + target_E[:, None] + j_J[None, :]
+    tl.store(target_EJ, low_EJ.to(DTYPE), mask=mask_EJ)
+    tl.store(target_EJ + HALF, high_EJ.to(DTYPE), mask=mask_EJ)
+    if ROTARY < HEAD_DIM:
+        target_ER = target_ptr + target_E[:, None] + r_R[None, :]
+        tl.store(target_ER, rest_ER.to(DTYPE), mask=mask_ER & real_E[:, None])
+
+
+def qk_norm_rope_write(
+    qkv_TC: torch.Tensor,
+    cos_MR: torch.Tensor,
+    sin_MR: torch.Tensor,
+    positions_T: torch.Tensor,
+    slot_mapping_T: torch.Tensor,
+    k_NSKD: torch.Tensor,
+    v_NSKD: torch.Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    q_weight: torch.Tensor | None = None,
+    k_weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    gemma: bool = False,
+) -> torch.Tensor:
+    """RMS-normalise heads of q and k, rotate them, write k and v into the cache, return q.
+
+    Args:
+        qkv_TC: query heads, key heads, value heads side by side; rows may be strided.
+        cos_MR, sin_MR: rotate-half (NeoX) tables as transformers lays them, cat(freqs, freqs), any float dtype; the
+            first R dimensions of a head rotate, in float32, the others pass.
+        positions_T: int64, the table's row for each token.
+        slot_mapping_T: int64, block * block_size + offset; -1 writes nothing.
+        k_NSKD, v_NSKD: the cache, of qkv's dtype.
+        q_weight, k_weight: [D] of the per-head RMS norm, both or none.
+        eps, gemma: of that norm; gemma multiplies by 1 + weight in float32 (Gemma3RMSNorm).
+
+    Returns:
+        The queries, [T, H, D], of qkv's dtype.
+    """
+    num_tokens, rotary = qkv_TC.shape[0], cos_MR.shape[1]
+    assert qkv_TC.shape[1] == (num_heads + 2 * num_kv_heads) * head_dim
+    assert qkv_TC.stride(1) == 1
+    assert rotary <= head_dim
+    assert rotary % 2 == 0
+    assert cos_MR.stride() == sin_MR.stride() == (rotary, 1)
+    assert (q_weight is None) == (k_weight is None)
+    assert k_NSKD.stride(3) == v_NSKD.stride(3) == 1
+    q_THD = torch.empty(num_tokens, num_heads, head_dim, dtype=qkv_TC.dtype, device=qkv_TC.device)
+    if num_tokens == 0:
+        return q_THD
+    num_programs = triton.cdiv(num_tokens * num_heads, _ROWS) + 2 * triton.cdiv(num_tokens * num_kv_heads, _ROWS)
+    _qk_norm_rope_write_kernel[(num_programs,)](
+        qkv_TC,
+        cos_MR,
+        sin_MR,
+        positions_T,
+        slot_mapping_T,
+        qkv_TC if q_weight is None else q_weight,
+        qkv_TC if k_weight is None else k_weight,
+        q_THD,
+        k_NSKD,
+        v_NSKD,
+        num_tokens,
+        qkv_TC.stride(0),
+        rotary,
+        *k_NSKD.stride()[:3],
+        *v_NSKD.stride()[:3],
+        eps,
+        NUM_HEADS=num_heads,
+        NUM_KV_HEADS=num_kv_heads,
+        HEAD_DIM=head_dim,
+        ROTARY=rotary,
+        NORM=q_weight is not None,
+        GEMMA=gemma,
+        PAGE=k_NSKD.shape[1],
+        ROWS=_ROWS,
+        BLOCK_J=triton.next_power_of_2(rotary // 2),
+        BLOCK_REST=triton.next_power_of_2(max(1, head_dim - rotary)),
+        num_warps=4,
+    )
+    return q_THD
+
+
+@triton.jit
+def _write_kv_kernel(
+    key_ptr,
+    value_ptr,
+    slots_ptr,
+    k_ptr,
+    v_ptr,
+    num_tokens,
+    key_stride_t,
+    key_stride_k,
+    value_stride_t,
+    value_stride_k,
+    k_stride_n,
+    k_stride_s,
+    k_stride_k,
+    v_stride_n,
+    v_stride_s,
+    v_stride_k,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    e_E = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    token_E = (e_E // NUM_KV_HEADS).to(tl.int64)
+    head_E = e_E % NUM_KV_HEADS
+    d_D = tl.arange(0, BLOCK_D)
+    slot_E = tl.load(slots_ptr + token_E, mask=token_E < num_tokens, other=-1)
+    mask_ED = (slot_E >= 0)[:, None] & (d_D < HEAD_DIM)[None, :]
+    key_E = token_E * key_stride_t + head_E * key_stride_k
+    value_E = token_E * value_stride_t + head_E * value_stride_k
+    k_E = _slot_offset(slot_E, k_stride_n, k_stride_s, PAGE) + head_E * k_stride_k
+    v_E = _slot_offset(slot_E, v_stride_n, v_stride_s, PAGE) + head_E * v_stride_k
+    key_ED = tl.load(key_ptr + key_E[:, None] + d_D[None, :], mask=mask_ED)
+    value_ED = tl.load(value_ptr + value_E[:, None] + d_D[None, :], mask=mask_ED)
+    tl.store(k_ptr + k_E[:, None] + d_D[None, :], key_ED, mask=mask_ED)
+    tl.store(v_ptr + v_E[:, None] + d_D[None, :], value_ED, mask=mask_ED)
+
+
+def write_kv(
+    k_TKD: torch.Tensor,
+    v_TKD: torch.Tensor,
+    k_NSKD: torch.Tensor,
+    v_NSKD: torch.Tensor,
+    slot_mapping_T: torch.Tensor,
+) -> None:
+    """Store keys and values of T tokens in the cache at `slot_mapping_T` (int64; -1 writes nothing).
+
+    All four tensors are of one dtype; their last dimension is contiguous, the others may be strided.
+    """
+    num_tokens, num_kv_heads, head_dim = k_TKD.shape
+    assert k_TKD.stride(2) == v_TKD.stride(2) == k_NSKD.stride(3) == v_NSKD.stride(3) == 1
+    if num_tokens == 0:
+        return
+    _write_kv_kernel[(triton.cdiv(num_tokens * num_kv_heads, _ROWS),)](
+        k_TKD,
+        v_TKD,
+        slot_mapping_T,
+        k_NSKD,
+        v_NSKD,
+        num_tokens,
+        *k_TKD.stride()[:2],
+        *v_TKD.stride()[:2],
+        *k_NSKD.stride()[:3],
+        *v_NSKD.stride()[:3],
+        NUM_KV_HEADS=num_kv_heads,
+        HEAD_DIM=head_dim,
+        PAGE=k_NSKD.shape[1],
+        ROWS=_ROWS,
+        BLOCK_D=triton.next_power_of_2(head_dim),
+        num_warps=4,
+    )

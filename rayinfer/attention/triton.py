@@ -1,0 +1,82 @@
+"""The GPU backend: Triton kernels over a head-major paged cache."""
+
+from __future__ import annotations
+
+import torch
+
+from rayinfer.attention.base import LayerCache, LayerSpec, StepMeta
+from rayinfer.errors import ConfigError
+from rayinfer.kernels.paged_decode import paged_decode
+from rayinfer.kernels.paged_prefill import paged_prefill
+from rayinfer.kernels.rope_kv import write_kv
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class TritonBackend:
+    """`AttentionBackend` with the kernels of `rayinfer.kernels`."""
+
+    name = "triton"
+
+    def check(self, spec: LayerSpec, dtype: torch.dtype, block_size: int) -> None:
+        """Raise ConfigError if this layer cannot be computed, saying which value and what is allowed."""
+        way_out = "; prefill_backend='torch' and decode_backend='torch' take it"
+        if not 1 <= spec.head_dim <= 256:
+            raise ConfigError(f"triton attention: head_dim = {spec.head_dim}: 1 to 256 are allowed{way_out}")
+        if spec.num_heads % spec.num_kv_heads or spec.num_heads // spec.num_kv_heads > 64:
+            raise ConfigError(
+                f"triton attention: num_heads = {spec.num_heads}, num_kv_heads = {spec.num_kv_heads}: the first must be"
+                f" a multiple of the second, 64 times at most{way_out}"
+            )
+        if dtype not in _DTYPES:
+            raise ConfigError(f"triton attention: dtype = {dtype}: float32, float16 and bfloat16 are allowed{way_out}")
+        if block_size < 16 or block_size & (block_size - 1):
+            raise ConfigError(f"block_size = {block_size}: triton attention needs a power of two from 16 on")
+
+    def allocate(
+        self, spec: LayerSpec, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> LayerCache:
+        """Allocate one layer's KV, zero-filled: [N, K, S, D] in memory, so that a block of one head is one piece."""
+        shape = (num_blocks, spec.num_kv_heads, block_size, spec.head_dim)
+        k, v = (torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2) for _ in range(2))
+        return LayerCache(k, v)
+
+    def write(self, k_TKD: torch.Tensor, v_TKD: torch.Tensor, cache: LayerCache, meta: StepMeta) -> None:
+        """Store the step's keys and values at `slot_mapping_T`."""
+        write_kv(k_TKD, v_TKD, cache.k_NSKD, cache.v_NSKD, meta.slot_mapping_T)
+
+    def prefill(
+        self, q_THD: torch.Tensor, cache: LayerCache, spec: LayerSpec, meta: StepMeta, out_THD: torch.Tensor
+    ) -> None:
+        """Attend for rows [num_decodes, R), writing tokens from query_start_R1[num_decodes] on of `out_THD`."""
+        first = meta.num_decodes
+        paged_prefill(
+            q_THD,
+            cache.k_NSKD,
+            cache.v_NSKD,
+            meta.block_table_RP[first:],
+            meta.seq_lens_R[first:],
+            meta.query_start_R1[first:],
+            max_query_len=meta.max_query_len,
+            scale=spec.scale,
+            sliding_window=spec.sliding_window,
+            softcap=spec.softcap,
+            out_THD=out_THD,
+        )
+
+    def decode(
+        self, q_THD: torch.Tensor, cache: LayerCache, spec: LayerSpec, meta: StepMeta, out_THD: torch.Tensor
+    ) -> None:
+        """Attend for rows [0, num_decodes), writing tokens [0, num_decodes) of `out_THD`."""
+        num = meta.num_decodes
+        paged_decode(
+            q_THD[:num],
+            cache.k_NSKD,
+            cache.v_NSKD,
+            meta.block_table_RP[:num],
+            meta.seq_lens_R[:num],
+            scale=spec.scale,
+            sliding_window=spec.sliding_window,
+            softcap=spec.softcap,
+            out_BHD=out_THD[:num],
+        )
