@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -82,6 +83,8 @@ class Prepare:
             return {}
         try:
             new = self._preprocess(dict(row))
+        except RowError:  # the function says itself what is wrong with the row
+            raise
         except Exception as error:
             text = f"preprocess raised {type(error).__name__}: {error}"
             raise RowError(ErrorType.PREPROCESS_ERROR, text) from error
@@ -127,11 +130,13 @@ def finish(table: pa.Table, postprocess: RowFunction | None, on_error: str) -> p
             result = None
             text = f"postprocess raised {type(problem).__name__}: {problem}"
             error = error or RowError(ErrorType.POSTPROCESS_ERROR, text)
+            row.update(error_type=str(error.type), error_message=str(error))
         if error is not None and not failed and on_error == "raise":
             col.raise_row(error, row, index)
         results.append(result)
         errors.append(error)
-    return _result_table(table, rows, results, errors, postprocess)
+    replaced = {name for new in added or [] for name in new if name not in outputs}
+    return _result_table(table, rows, replaced, results, errors, postprocess)
 
 
 def _with_added(table: pa.Table, added: Sequence[Mapping[str, Any]], outputs: Sequence[str]) -> pa.Table:
@@ -139,13 +144,15 @@ def _with_added(table: pa.Table, added: Sequence[Mapping[str, Any]], outputs: Se
     arrays: dict[str, Any] = {}
     for name in names:
         old = table.column(name).to_pylist() if name in table.column_names else [None] * len(added)
-        arrays[name] = to_array([row.get(name, before) for row, before in zip(added, old, strict=True)])
+        values = [row.get(name, before) for row, before in zip(added, old, strict=True)]
+        arrays[name] = _input_array(name, values) if name in _INPUT_TYPES else to_array(values)
     return col.with_columns(table, arrays)
 
 
 def _result_table(
     table: pa.Table,
     rows: Sequence[Mapping[str, Any]],
+    replaced: set[str],
     results: Sequence[Mapping[str, Any] | None],
     errors: Sequence[RowError | None],
     postprocess: RowFunction,
@@ -161,10 +168,13 @@ def _result_table(
         values = [
             row.get(name) if result is None else result.get(name) for row, result in zip(rows, results, strict=True)
         ]
-        if name in table.column_names and all(value is row.get(name) for value, row in zip(values, rows, strict=True)):
-            arrays[name] = table.column(name)  # passed through: it keeps its Arrow type
-            continue
-        arrays[name] = to_array(values, like=[sample[name]] if name in sample else None)
+        passed_through = all(value is row.get(name) for value, row in zip(values, rows, strict=True))
+        if passed_through and name in table.column_names and name not in replaced:
+            arrays[name] = table.column(name)  # it keeps its Arrow type
+        elif passed_through and name in _INPUT_TYPES:
+            arrays[name] = _input_array(name, values)
+        else:
+            arrays[name] = to_array(values, like=[sample[name]] if name in sample else None)
     own = [set(result) for result in results if result is not None]
     for name, index in (("error_type", 0), ("error_message", 1)):
         if not any(name in keys for keys in own):
@@ -179,12 +189,48 @@ def _probe(row: Mapping[str, Any], postprocess: RowFunction) -> Mapping[str, Any
     Only for a block in which every row failed, whose columns would otherwise have no type.
     """
     empty = {"generated_text": "", "generated_tokens": [0], "finish_reason": "stop", "error_type": None}
-    counts = {name: 0 for name in ("num_input_tokens", "num_generated_tokens", "num_cached_tokens")}
+    counts = dict.fromkeys(("num_input_tokens", "num_generated_tokens", "num_cached_tokens"), 0)
     try:
         result = postprocess({**row, **empty, **counts, "error_message": None})
     except Exception:
         return {}
     return result if isinstance(result, Mapping) else {}
+
+
+_INPUT_TYPES = {
+    "messages": pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])),
+    "prompt": pa.string(),
+    "prompt_token_ids": pa.list_(pa.int32()),
+    "sampling_params": pa.string(),
+}
+
+
+def _input_array(name: str, values: Sequence[Any]) -> pa.Array:
+    """An input column in its fixed type: the keys of inferred structs would differ from block to block.
+
+    Sampling parameters become JSON, and what is malformed (its row has an error) becomes null.
+    """
+    fitted = []
+    for value in values:
+        try:
+            fitted.append(None if value is None else _fit(name, value))
+        except (TypeError, ValueError, AttributeError):
+            fitted.append(None)
+    return pa.array(fitted, _INPUT_TYPES[name])
+
+
+def _fit(name: str, value: Any) -> Any:
+    if name == "prompt_token_ids":
+        return [int(id) for id in value]
+    if name == "messages":
+        return [{key: _text(message[key]) for key in ("role", "content") if key in message} for message in value]
+    if isinstance(value, SamplingParams):
+        value = value.model_dump(exclude_unset=True)
+    return _text(value)
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def to_array(values: Sequence[Any], like: Sequence[Any] | None = None) -> pa.Array:

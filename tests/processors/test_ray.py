@@ -1,0 +1,171 @@
+"""The processors in a real Ray: whole pipelines, a lost worker, what is refused before anything starts."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import ray
+
+from rayinfer import LLM, ConfigError, SamplingParams
+from rayinfer.processors import EngineProcessorConfig, LLMProcessor, StatsBoard, build_processor
+
+NUM_ROWS = 40
+BAD_ROWS = {5: {"prompt": ""}, 11: {"prompt": "x" * 300}, 23: {"prompt": "a", "sampling_params": {"top_p": 7}}}
+
+
+def ask(row):
+    if row["id"] in BAD_ROWS:
+        return BAD_ROWS[row["id"]]
+    params = {"temperature": 0, "max_tokens": 4 + row["id"] % 9, "ignore_eos": True}
+    return {"messages": [{"role": "user", "content": f"say {row['id']}"}], "sampling_params": params}
+
+
+def answer(row):
+    return {
+        "id": row["id"],
+        "text": row["generated_text"],
+        "tokens": row["generated_tokens"],
+        "n": row["num_input_tokens"],
+    }
+
+
+@pytest.fixture(scope="module")
+def config(model_path, engine_kwargs):
+    return EngineProcessorConfig(model_source=model_path, engine_kwargs=engine_kwargs, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def expected(model_path, engine_kwargs):
+    """Text, tokens and prompt length by LLM.chat, a row at a time."""
+    llm = LLM(model_path, **engine_kwargs)
+    rows = {}
+    for id in set(range(NUM_ROWS)) - set(BAD_ROWS):
+        asked = ask({"id": id})
+        (output,) = llm.chat(asked["messages"], SamplingParams(**asked["sampling_params"]), use_tqdm=False)
+        completion = output.outputs[0]
+        rows[id] = (completion.text, completion.token_ids, len(output.prompt_token_ids))
+    return rows
+
+
+def check(rows, expected):
+    assert sorted(row["id"] for row in rows) == list(range(NUM_ROWS))
+    for row in rows:
+        if row["id"] in BAD_ROWS:
+            assert row["error_type"], row
+            assert (row["text"], row["tokens"], row["n"]) == (None, None, None)
+        else:
+            assert (row["text"], list(row["tokens"]), row["n"]) == expected[row["id"]]
+            assert (row["error_type"], row["error_message"]) == (None, None)
+
+
+def test_pipeline_to_parquet_and_back(local_ray, config, expected, tmp_path):
+    board = StatsBoard.remote()
+    processor = build_processor(config, preprocess=ask, postprocess=answer, stats_actor=board)
+    processor(ray.data.range(NUM_ROWS, override_num_blocks=3)).write_parquet(str(tmp_path))
+    check(ray.data.read_parquet(str(tmp_path)).take_all(), expected)
+    deadline = time.monotonic() + 20
+    while (stats := ray.get(board.snapshot.remote())).get("num_finished") != len(expected):
+        assert time.monotonic() < deadline, stats
+        time.sleep(0.1)
+    assert stats["num_generated_tokens"] == sum(len(tokens) for _, tokens, _ in expected.values())
+
+
+def test_ray_data_llm_takes_the_config(local_ray, config, expected):
+    pytest.importorskip("aiohttp", reason="ray.data.llm needs it")
+    from ray.data.llm import build_processor as build_by_ray
+
+    processor = build_by_ray(config, preprocess=ask, postprocess=answer)
+    check(processor(ray.data.range(NUM_ROWS, override_num_blocks=3)).take_all(), expected)
+    assert "vllm" not in sys.modules
+
+
+def test_bare_map_batches_streams_and_survives_a_lost_worker(local_ray, model_path, engine_kwargs, tmp_path):
+    """Numpy batches, no build_processor. The first worker dies with blocks handed out and others not."""
+    died = str(tmp_path / "died")
+
+    class DiesOnce(LLMProcessor):
+        def __call__(self, batch):
+            for number, block in enumerate(super().__call__(batch)):
+                if number == 2 and not os.path.exists(died):
+                    Path(died).touch()
+                    time.sleep(1)  # let the consumer take the first blocks
+                    os._exit(1)
+                yield block.append_column("at", [[time.time()] * block.num_rows])
+                time.sleep(0.05)
+
+    def table(row):
+        return {
+            "id": row["id"],
+            "prompt": f"row {row['id']}",
+            "sampling_params": {"max_tokens": 4 + 50 * (row["id"] % 4)},
+        }
+
+    dataset = ray.data.range(64, override_num_blocks=4).map(table).map_batches(
+        DiesOnce,
+        fn_constructor_kwargs=dict(model=model_path, sampling_params=dict(temperature=0), **engine_kwargs),
+        compute=ray.data.ActorPoolStrategy(size=1, max_tasks_in_flight_per_actor=4, max_concurrent_calls_per_actor=4),
+        batch_size=16,
+        num_cpus=0,
+    )  # fmt: skip
+    ids, delays, attempts = [], [], set()
+    for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):
+        delays.append(time.time() - batch["at"][0])
+        ids += batch["id"].tolist()
+        attempts |= set(batch["attempts"].tolist())
+    assert os.path.exists(died)
+    assert sorted(ids) == list(range(64))
+    assert 2 in attempts
+    assert len(delays) >= 12  # blocks of a quarter of a call, not one for each call
+
+
+def test_refused_before_an_actor_starts(local_ray, model_path, engine_kwargs, tmp_path):
+    (tmp_path / "config.json").write_text((Path(model_path) / "config.json").read_text())  # no weights
+    dataset = ray.data.range(4)
+    for source in (str(tmp_path), str(tmp_path / "nowhere")):
+        processor = build_processor(EngineProcessorConfig(model_source=source, engine_kwargs=engine_kwargs))
+        start = time.monotonic()
+        with pytest.raises(ConfigError):
+            processor(dataset)
+        assert time.monotonic() - start < 30
+    greedy = EngineProcessorConfig(model_source=model_path, concurrency=8, num_cpus=1)
+    with pytest.raises(ConfigError, match="reading needs one"):
+        build_processor(greedy)(dataset)
+
+
+def test_on_error_raise_stops_the_job(local_ray, model_path, engine_kwargs):
+    config = EngineProcessorConfig(model_source=model_path, engine_kwargs=engine_kwargs, batch_size=4, on_error="raise")
+    with pytest.raises(Exception, match=r"id='5': INVALID_PROMPT: prompt: is empty"):
+        build_processor(config, preprocess=ask)(ray.data.range(NUM_ROWS)).take_all()
+
+
+def test_config_errors_name_the_key():
+    for wrong, match in [
+        ({"engine_kwargs": {"max_num_seq": 4}}, "max_num_seqs"),
+        ({"engine_kwargs": {"model": "b"}}, "model_source"),
+        ({"concurency": 2}, "concurrency"),
+        ({"concurrency": (3, 2)}, "m <= n"),
+        ({"sampling_params": {"temprature": 1}}, "temperature"),
+        ({"task_type": "embed"}, "generate"),
+        ({"on_error": "ignore"}, "record"),
+    ]:
+        with pytest.raises(ConfigError, match=match):
+            EngineProcessorConfig(model_source="m", **wrong)
+
+
+def test_building_does_nothing():
+    """No Ray, no torch, no file: the model does not even exist."""
+    code = (
+        "import sys, ray\n"
+        "from rayinfer.processors import EngineProcessorConfig, build_processor, LLMProcessor\n"
+        "build_processor(EngineProcessorConfig(model_source='/nowhere'), preprocess=lambda row: row)\n"
+        "assert not ray.is_initialized()\n"
+        "assert not {'torch', 'transformers', 'vllm'} & set(sys.modules)\n"
+    )
+    root = Path(__file__).resolve().parents[2]
+    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,293 @@
+"""The stages called directly, without a cluster: rows, errors and Arrow types."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rayinfer import EngineConfig, RowError, SamplingParams
+from rayinfer.processors import LLMProcessor
+from rayinfer.processors import columns as col
+from rayinfer.processors.stages import Prepare, finish
+
+GREEDY = {"temperature": 0, "max_tokens": 8, "ignore_eos": True}
+BAD = {
+    "empty": ({"prompt": ""}, "INVALID_PROMPT"),
+    "none": ({"prompt": None}, "INVALID_PROMPT"),
+    "nothing": ({}, "INVALID_PROMPT"),
+    "too_long": ({"prompt": "x" * 256}, "PROMPT_TOO_LONG"),
+    "malformed": ({"messages": [{"content": "no role"}]}, "INVALID_PROMPT"),
+    "not_messages": ({"messages": "text"}, "INVALID_PROMPT"),
+    "unknown": ({"prompt": "a", "sampling_params": {"temprature": 0}}, "INVALID_SAMPLING_PARAMS"),
+    "range": ({"prompt": "a", "sampling_params": {"top_p": 2.0}}, "INVALID_SAMPLING_PARAMS"),
+    "nan": ({"prompt": "a", "sampling_params": {"temperature": float("nan")}}, "INVALID_SAMPLING_PARAMS"),
+    "no_mapping": ({"prompt": "a", "sampling_params": "greedy"}, "INVALID_SAMPLING_PARAMS"),
+    "ids": ({"prompt_token_ids": [1, 2, 99999]}, "INVALID_TOKEN_IDS"),
+    "raises": (ZeroDivisionError("no"), "PREPROCESS_ERROR"),
+    "no_dict": (42, "PREPROCESS_ERROR"),
+}
+
+
+def ask(row):
+    """A preprocess: the good rows' prompts, or what the row's name says is wrong."""
+    value = BAD[row["name"]][0] if row["name"] in BAD else {"prompt": f"row {row['id']}"}
+    if isinstance(value, Exception):
+        raise value
+    return value
+
+
+def prepare(model_path, engine_kwargs, preprocess=ask, **kwargs):
+    engine = EngineConfig.parse(model=model_path, **engine_kwargs)
+    defaults = dict(chat_template=None, chat_template_kwargs={}, batch_size=8, on_error="record")
+    return Prepare(engine, preprocess, **{"sampling_params": GREEDY, **defaults, **kwargs})
+
+
+@pytest.fixture(scope="module")
+def llm(model_path, engine_kwargs):
+    processor = LLMProcessor(model_path, sampling_params=GREEDY, **engine_kwargs)
+    yield processor
+    processor.close()
+
+
+@pytest.fixture(scope="module")
+def expected(model_path, engine_kwargs):
+    """Greedy tokens by transformers, one prompt at a time."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(model_path), AutoTokenizer.from_pretrained(model_path)
+    model.generation_config.eos_token_id = None
+
+    def tokens(prompt: str) -> list[int]:
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        out = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
+        return out[0, ids.shape[1] :].tolist()
+
+    return tokens
+
+
+def run(llm, stage, table, postprocess=None, on_error="record"):
+    """All three stages over one table, in this process."""
+    blocks = [block for call in stage(table) for block in llm(call)]
+    return [finish(block, postprocess, on_error) for block in blocks]
+
+
+def names_table(names):
+    ids = pa.array(range(len(names)), pa.int16())
+    return pa.table({"id": ids, "name": names, "when": pa.array([0] * len(names), pa.timestamp("ms"))})
+
+
+def test_bad_rows_cost_themselves_only(llm, model_path, engine_kwargs, expected):
+    names = [name for bad in BAD for name in ("good", bad)]
+    table = names_table(names)
+    blocks = run(llm, prepare(model_path, engine_kwargs), table, lambda row: row)
+    result = pa.concat_tables(blocks, promote_options="default").sort_by("id")  # this preprocess adds what it likes
+    assert result.column("id").to_pylist() == list(range(len(names)))
+    for row in result.to_pylist():
+        if row["name"] == "good":
+            assert row["generated_tokens"] == expected(f"row {row['id']}")
+            assert (row["error_type"], row["attempts"], row["finish_reason"]) == (None, 1, "length")
+        else:
+            assert row["error_type"] == BAD[row["name"]][1], row
+            assert row["error_message"]
+            assert (row["generated_text"], row["generated_tokens"], row["finish_reason"]) == (None, None, "error")
+    assert result.schema.field("id").type == pa.int16()
+    assert result.schema.field("when").type == pa.timestamp("ms")
+    for field in col.OUTPUT:
+        if field.name not in col.WHEN_ASKED:
+            assert result.schema.field(field.name).type == field.type
+
+
+@pytest.mark.parametrize(
+    "postprocess",
+    [
+        None,
+        lambda row: {"id": row["id"], "summary": row["generated_text"], "n": row["num_generated_tokens"]},
+        lambda row: {"id": row["id"], "size": len(row["generated_text"]), "tokens": row["generated_tokens"][:2]},
+        lambda row: {"id": row["id"], "known": row["id"] * 1.5, **({"error_type": row["error_type"]})},
+    ],
+    ids=["none", "renamed", "raises_on_bad", "own_error_type"],
+)
+def test_good_bad_and_mixed_blocks_have_one_schema(llm, model_path, engine_kwargs, postprocess, tmp_path):
+    stage = prepare(model_path, engine_kwargs, lambda row: ask(row) if row["name"] == "good" else {"prompt": ""})
+    schemas = []
+    for number, names in enumerate((["bad"] * 3, ["good"] * 3, ["bad", "good", "bad"])):
+        blocks = run(llm, stage, names_table(names), postprocess)
+        schemas += [block.schema for block in blocks]
+        pq.write_table(pa.concat_tables(blocks), tmp_path / f"{number}.parquet")
+    if postprocess is None:  # the types of what preprocess added are those of its values: here a string
+        assert all(schema.field("prompt").type == pa.string() for schema in schemas)
+    assert all(schema.equals(schemas[0]) for schema in schemas), schemas
+    rows = pq.read_table(tmp_path).to_pylist()  # one read of all files: the schemas agree on disk, too
+    assert len(rows) == 9
+    assert sum(row["error_type"] is not None for row in rows) == 5
+    assert all(row["id"] is not None for row in rows)
+
+
+def test_postprocess_that_raises_costs_its_row(llm, model_path, engine_kwargs):
+    def picky(row):
+        if row["error_type"] is None and row["id"] == 1:
+            raise KeyError("answer")
+        return {"id": row["id"], "text": row["generated_text"]}
+
+    table = names_table(["good", "good", "empty"])
+    rows = pa.concat_tables(run(llm, prepare(model_path, engine_kwargs), table, picky)).sort_by("id").to_pylist()
+    assert [row["error_type"] for row in rows] == [None, "POSTPROCESS_ERROR", "INVALID_PROMPT"]
+    assert rows[0]["text"]
+    assert rows[1]["text"] is None
+    with pytest.raises(RowError, match=r"id='1'.*POSTPROCESS_ERROR.*KeyError"):
+        run(llm, prepare(model_path, engine_kwargs), table.slice(0, 2), picky, on_error="raise")
+    rows = finish(
+        run(llm, prepare(model_path, engine_kwargs), table.slice(0, 1))[0], lambda row: 7, "record"
+    ).to_pylist()
+    assert rows[0]["error_type"] == "POSTPROCESS_ERROR"
+
+
+def test_on_error_raise_names_the_row(model_path, engine_kwargs):
+    stage = prepare(model_path, engine_kwargs, on_error="raise")
+    with pytest.raises(RowError, match="row 2 of its batch, id='2': PROMPT_TOO_LONG"):
+        list(stage(names_table(["good", "good", "too_long"])))
+    bare = LLMProcessor(model_path, on_error="raise", **engine_kwargs)
+    with pytest.raises(RowError, match=r"row 1 of its batch.*INVALID_PROMPT"):
+        list(bare(pa.table({"prompt": ["a", ""]})))
+    bare.close()
+
+
+def test_blocks_come_while_the_slowest_row_runs(llm):
+    params = [dict(GREEDY, max_tokens=240 if i == 3 else 2) for i in range(8)]
+    blocks = llm(pa.table({"id": list(range(8)), "prompt": ["a"] * 8, "sampling_params": params}))
+    first = next(blocks)
+    assert llm._engine.stats().num_running >= 1
+    rest = list(blocks)
+    assert 3 not in first.column("id").to_pylist()
+    assert sorted(id for block in [first, *rest] for id in block.column("id").to_pylist()) == list(range(8))
+
+
+def test_same_batch_gives_the_same_blocks(llm):
+    """Ray repeats the call of a dead worker and skips the blocks that it has: they must hold the same rows."""
+    params = [dict(GREEDY, max_tokens=1 + (i * 7) % 5) for i in range(16)]
+    table = pa.table(
+        {"id": list(range(16)), "prompt": ["a" * (1 + i % 3) for i in range(16)], "sampling_params": params}
+    )
+    runs = [[block.column("id").to_pylist() for block in llm(table)] for _ in range(2)]
+    assert runs[0] == runs[1]
+    assert len(runs[0]) == 4
+
+
+def test_calls_share_one_running_batch(llm):
+    most, done = 0, threading.Event()
+
+    def watch():
+        nonlocal most
+        while not done.wait(0.001):
+            most = max(most, llm._engine.stats().num_running)
+
+    def call(texts):
+        for block in llm(pa.table({"prompt": texts, "sampling_params": [dict(GREEDY, max_tokens=150)] * 2})):
+            results.extend(block.column("num_generated_tokens").to_pylist())
+
+    results: list[int] = []
+    threads = [threading.Thread(target=call, args=([f"{i}", f"{i} b"],)) for i in range(4)]
+    watcher = threading.Thread(target=watch)
+    for thread in (watcher, *threads):
+        thread.start()
+    for thread in threads:
+        thread.join()
+    done.set()
+    watcher.join()
+    assert results == [150] * 8
+    assert most == 8  # four calls of two rows
+
+
+@pytest.mark.parametrize("kind", ["numpy", "pandas", "pyarrow"])
+def test_batch_formats(llm, kind, expected):
+    messages = [[{"role": "user", "content": "hello"}], [{"role": "user", "content": "you"}]]
+    batch = {
+        "numpy": {
+            "id": np.arange(2),
+            "messages": np.array([np.array(m, dtype=object) for m in messages], dtype=object),
+        },
+        "pandas": pd.DataFrame({"id": [0, 1], "messages": messages}),
+        "pyarrow": pa.table({"id": [0, 1], "messages": messages}),
+    }[kind]
+    result = pa.concat_tables(list(llm(batch))).sort_by("id").to_pylist()
+    assert [row["generated_tokens"] for row in result] == [expected("[user]hello[bot]"), expected("[user]you[bot]")]
+
+
+def test_row_sampling_params_complete_the_defaults(llm, model_path, engine_kwargs):
+    """Fields that other rows' structs bring along as nulls are absent ones; a None of preprocess's own is meant."""
+    own = [{"max_tokens": 3}, {"temperature": 0.0}, None]
+    table = pa.table({"prompt": ["a", "b", "c"], "sampling_params": own})
+    assert pa.concat_tables(list(llm(table))).sort_by("prompt").column("num_generated_tokens").to_pylist() == [3, 8, 8]
+    stage = prepare(model_path, engine_kwargs, lambda row: {"prompt": "a", "sampling_params": {"max_tokens": None}})
+    (encoded,) = stage(names_table(["good"]))
+    assert SamplingParams.model_validate_json(encoded.column(col.PARAMS)[0].as_py()).max_tokens is None
+
+
+def test_logprobs_when_asked(llm, model_path, engine_kwargs):
+    asked = dict(GREEDY, max_tokens=2, logprobs=2, prompt_logprobs=1)
+    (block,) = llm(pa.table({"prompt": ["ab"], "sampling_params": [asked]}))
+    row = block.to_pylist()[0]
+    assert [len(entries) >= 2 for entries in row["logprobs"]] == [True, True]
+    assert row["generated_tokens"][0] in {entry["token_id"] for entry in row["logprobs"][0]}
+    assert row["prompt_logprobs"][0] is None
+    assert len(row["prompt_logprobs"]) == 2
+    assert "logprobs" not in next(llm(pa.table({"prompt": ["ab"]}))).column_names
+
+
+def test_calls_are_even_and_at_most_batch_size(model_path, engine_kwargs):
+    stage = prepare(model_path, engine_kwargs, batch_size=8)
+    assert [block.num_rows for block in stage(names_table(["good"] * 17))] == [6, 6, 5]
+
+
+def test_columns_of_one_name_do_not_clash(llm, model_path, engine_kwargs):
+    """A table that was processed before, and one with a prompt of its own that preprocess replaces."""
+    table = pa.table({"id": [0], "prompt": ["old"], "error_type": ["ABORTED"], "generated_text": [1]})
+    stage = prepare(model_path, engine_kwargs, lambda row: {"messages": [{"role": "user", "content": "x"}]})
+    (result,) = run(llm, stage, table)
+    row = result.to_pylist()[0]
+    assert row["error_type"] is None
+    assert isinstance(row["generated_text"], str)
+    assert row["prompt"] == "old"
+    assert row["messages"] == [{"role": "user", "content": "x"}]
+    stage = prepare(model_path, engine_kwargs, lambda row: {"prompt": "new", "id": row["id"] + 5})
+    for postprocess in (None, lambda row: row):
+        (result,) = run(llm, stage, table, postprocess)
+        assert (result.to_pylist()[0]["prompt"], result.to_pylist()[0]["id"]) == ("new", 5)
+
+
+def test_nan_in_one_row(model_path, engine_kwargs, expected):
+    import torch
+
+    processor = LLMProcessor(model_path, sampling_params=GREEDY, **engine_kwargs)
+    engine = processor._engine.engine
+    with torch.no_grad():
+        engine.model.module.get_input_embeddings().weight[engine.tokenizer("~")["input_ids"][0]] = float("nan")
+    blocks = list(processor(pa.table({"prompt": ["ab", "a~b", "cd"]})))
+    rows = {row["prompt"]: row for block in blocks for row in block.to_pylist()}
+    assert rows["a~b"]["error_type"] == "NAN_LOGITS"
+    assert [rows[prompt]["generated_tokens"] for prompt in ("ab", "cd")] == [expected("ab"), expected("cd")]
+    processor.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_dead_engine_stops_the_call(model_path, engine_kwargs):
+    processor = LLMProcessor(model_path, **engine_kwargs)
+    blocks = processor(pa.table({"prompt": ["a"] * 4, "sampling_params": [dict(GREEDY, max_tokens=200)] * 4}))
+
+    def broken() -> None:
+        raise MemoryError("the device is gone")
+
+    threading.Timer(0.05, lambda: setattr(processor._engine.engine, "step", broken)).start()
+    with pytest.raises(RuntimeError, match="engine died") as caught:
+        next(blocks)
+    assert isinstance(caught.value.__cause__, MemoryError)
+    start = time.monotonic()
+    processor.close()
+    assert time.monotonic() - start < 5
