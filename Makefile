@@ -28,7 +28,7 @@ fetch: $(STAMP)
 	$(BIN)/python tools/fetch.py
 
 demo: fetch
-	$(BIN)/rayinfer run examples/demo.yaml
+	$(BIN)/rayinfer run examples/demo.yaml --overwrite
 
 test: fetch
 	$(TEST_ENV) $(BIN)/python -m pytest -m "$(MARKERS)" $(PYTEST_ARGS) --nbmake tests notebooks

@@ -143,7 +143,7 @@ def run(name: str, judge: Judge, label: list[Any], num_rows: int, stop_at_eos: b
             expected = expected[: ends[0] + 1] if ends else expected
         judge.compare(outcome, row, expected, list(output.outputs[0].token_ids) if output.outputs else [])
         outcome.num_cached += max(output.num_cached_tokens, 0)
-    outcome.num_preemptions = llm.engine.scheduler.num_preemptions
+    outcome.num_preemptions = llm.engine.snapshot().num_preemptions
     del llm
     gc.collect()
     return outcome

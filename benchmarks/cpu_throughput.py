@@ -1,0 +1,193 @@
+"""Figure 3: rows/s on a CPU through Ray Data, through LLM.generate, and through transformers' own ways, one run.
+
+    python benchmarks/cpu_throughput.py --rows 64
+
+The same rows, prompts, greedy sampling, token limit and EOS everywhere; fp32; every way in a process of its own, with
+all cores. Times are from the first row to the last: loading the model is left out. For Ray Data, the time of a run
+over one row and one token (start of the workers and of the engine, in a Ray that is warm) is taken off, and shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from common import (
+    ROOT,
+    describe_machine,
+    gguf_path,
+    load_reference,
+    load_rows,
+    messages,
+    prompt_ids,
+    table,
+    write_result,
+)
+
+MODEL = "smollm2"
+BATCH_SIZES = (4, 8, 16, 32, 64)
+Timing = dict[str, float]  # seconds, num_tokens, and what else a way has to tell
+
+
+def run_ray(num_rows: int, max_tokens: int, _: int) -> Timing:
+    import ray
+
+    from rayinfer.processors import EngineProcessorConfig, build_processor
+
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, num_cpus=max(os.cpu_count() or 1, 2))
+    config = EngineProcessorConfig(
+        model_source=str(gguf_path(MODEL)), engine_kwargs=dict(max_model_len=1024, dtype="float32"), concurrency=1
+    )
+
+    def run(num: int, limit: int) -> Timing:
+        processor = build_processor(
+            config,
+            preprocess=lambda row: dict(
+                messages=messages(row), sampling_params=dict(temperature=0, max_tokens=limit), id=row["id"]
+            ),
+            postprocess=lambda row: dict(id=row["id"], num_tokens=row["num_generated_tokens"]),
+        )
+        dataset = processor(ray.data.from_items(load_rows(num)))
+        start = time.perf_counter()
+        rows = dataset.take_all()
+        seconds = time.perf_counter() - start
+        if len(rows) != num:
+            raise RuntimeError(f"{num} rows in, {len(rows)} rows out")
+        return dict(seconds=seconds, num_tokens=sum(row["num_tokens"] for row in rows))
+
+    run(1, 1)
+    start_up = run(1, 1)["seconds"]
+    timing = run(num_rows, max_tokens)
+    return timing | dict(seconds=timing["seconds"] - start_up, start_up=start_up)
+
+
+def run_llm(num_rows: int, max_tokens: int, _: int) -> Timing:
+    import rayinfer
+
+    llm = rayinfer.LLM(str(gguf_path(MODEL)), max_model_len=1024, dtype="float32", device="cpu")
+    llm.chat([[{"role": "user", "content": "Hello"}]], rayinfer.SamplingParams(temperature=0, max_tokens=4))
+    llm.reset_prefix_cache()
+    conversations = [messages(row) for row in load_rows(num_rows)]
+    start = time.perf_counter()
+    outputs = llm.chat(conversations, rayinfer.SamplingParams(temperature=0, max_tokens=max_tokens))
+    seconds = time.perf_counter() - start
+    return dict(seconds=seconds, num_tokens=sum(len(output.outputs[0].token_ids) for output in outputs))
+
+
+def run_generate(num_rows: int, max_tokens: int, batch_size: int) -> Timing:
+    """transformers' generate in padded batches, rows sorted by length so that little is padding."""
+    import torch
+
+    model, tokenizer = load_reference(MODEL)
+    torch.set_num_threads(os.cpu_count() or 1)
+    tokenizer.padding_side = "left"
+    eos = model.generation_config.eos_token_id
+    warm = tokenizer(["Hello"] * batch_size, return_tensors="pt")
+    model.generate(**warm, max_new_tokens=4, do_sample=False)
+    rows = load_rows(num_rows)
+    num_tokens = 0
+    start = time.perf_counter()
+    prompts = sorted(prompt_ids(MODEL, tokenizer, rows), key=len)
+    for first in range(0, num_rows, batch_size):
+        batch = tokenizer.pad({"input_ids": prompts[first : first + batch_size]}, return_tensors="pt")
+        answers = model.generate(**batch, max_new_tokens=max_tokens, do_sample=False, pad_token_id=eos)
+        for answer in answers[:, batch["input_ids"].shape[1] :].tolist():
+            tokenizer.decode(answer, skip_special_tokens=True)
+            num_tokens += answer.index(eos) + 1 if eos in answer else len(answer)
+    return dict(seconds=time.perf_counter() - start, num_tokens=num_tokens)
+
+
+def run_generate_batch(num_rows: int, max_tokens: int, _: int) -> Timing:
+    """transformers' continuous batching."""
+    import torch
+    from transformers import GenerationConfig
+
+    model, tokenizer = load_reference(MODEL)
+    torch.set_num_threads(os.cpu_count() or 1)
+    eos = model.generation_config.eos_token_id
+    config = GenerationConfig(max_new_tokens=max_tokens, do_sample=False, eos_token_id=eos, pad_token_id=eos)
+    model.generate_batch(inputs=[tokenizer("Hello")["input_ids"]] * 4, generation_config=config)
+    rows = load_rows(num_rows)
+    start = time.perf_counter()
+    outputs = model.generate_batch(inputs=prompt_ids(MODEL, tokenizer, rows), generation_config=config)
+    num_tokens = 0
+    for output in outputs.values():
+        tokenizer.decode(output.generated_tokens, skip_special_tokens=True)
+        num_tokens += len(output.generated_tokens)
+    seconds = time.perf_counter() - start
+    if len(outputs) != num_rows:
+        raise RuntimeError(f"{num_rows} rows in, {len(outputs)} rows out")
+    return dict(seconds=seconds, num_tokens=num_tokens)
+
+
+WAYS: dict[str, Callable[[int, int, int], Timing]] = {
+    "rayinfer, Ray Data": run_ray,
+    "rayinfer, LLM.chat": run_llm,
+    "transformers, generate": run_generate,
+    "transformers, generate_batch": run_generate_batch,
+}
+
+
+def measure(way: str, num_rows: int, max_tokens: int, batch_size: int) -> Timing:
+    """Run one way in a fresh process."""
+    command = [sys.executable, __file__, "--way", way, "--rows", str(num_rows), "--max-tokens", str(max_tokens)]
+    result = subprocess.run(
+        [*command, "--batch-size", str(batch_size)], capture_output=True, text=True, timeout=1800, cwd=ROOT
+    )
+    if result.returncode != 0:
+        sys.exit(f"{way}, batch size {batch_size}: {result.stderr[-3000:]}")
+    timing = json.loads(result.stdout.strip().splitlines()[-1])
+    print(f"{way} (batch size {batch_size or 'own'}): {num_rows / timing['seconds']:.2f} rows/s", flush=True)
+    return timing
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=128)
+    parser.add_argument("--rows-at-batch-1", type=int, default=32, help="the loop at batch 1 is slow")
+    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=list(BATCH_SIZES))
+    parser.add_argument("--way", choices=list(WAYS), help="run this alone, in this process")
+    parser.add_argument("--batch-size", type=int, default=0)
+    options = parser.parse_args()
+    if options.way:
+        print(json.dumps(WAYS[options.way](options.rows, options.max_tokens, options.batch_size)))
+        return
+    plan = [("rayinfer, LLM.chat", 0, options.rows), ("rayinfer, Ray Data", 0, options.rows)]
+    plan += [("transformers, generate", 1, options.rows_at_batch_1)]
+    plan += [("transformers, generate", size, options.rows) for size in options.batch_sizes]
+    plan += [("transformers, generate_batch", 0, options.rows)]
+    speeds: dict[tuple[str, int], float] = {}
+    lines: list[list[Any]] = []
+    for way, size, num_rows in plan:
+        timing = measure(way, num_rows, options.max_tokens, size)
+        speeds[way, size] = num_rows / timing["seconds"]
+        start_up = f"{timing['start_up']:.1f} s" if "start_up" in timing else ""
+        lines.append([way, size or "own", num_rows, f"{speeds[way, size]:.2f}",
+                      f"{timing['num_tokens'] / timing['seconds']:.0f}", start_up])  # fmt: skip
+    ours, ray_data = speeds["rayinfer, LLM.chat", 0], speeds["rayinfer, Ray Data", 0]
+    loop = speeds["transformers, generate", 1]
+    best = max(speed for (way, size), speed in speeds.items() if way.startswith("transformers") and size != 1)
+    ratios = [
+        ["Ray Data to LLM.chat", f"{ray_data / ours:.2f}", ">= 0.95"],
+        ["Ray Data to generate at batch 1", f"{ray_data / loop:.2f}", ">= 3"],
+        ["Ray Data to the best of transformers", f"{ray_data / best:.2f}", ">= 1.2"],
+    ]
+    command = f"python benchmarks/cpu_throughput.py {' '.join(sys.argv[1:])}".rstrip()
+    text = "\n\n".join([
+        "# Rows a second on a CPU", f"`{command}`", describe_machine(),
+        f"{gguf_path(MODEL).name}, fp32, greedy, at most {options.max_tokens} tokens a row.",
+        table(["way", "batch size", "rows", "rows/s", "output tokens/s", "start, left out"], lines),
+        table(["ratio", "measured", "target"], ratios),
+    ])  # fmt: skip
+    print(write_result("cpu_throughput.md", text).read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()
