@@ -25,16 +25,14 @@ Stats = Mapping[str, Any]
 class Progress:
     """Shows a job of `num_rows` rows until it is closed.
 
-    Args:
-        poll: called about once a second in the display's own thread; returns the engines' counters (num_finished,
-            num_failed, num_prompt_tokens, num_generated_tokens, num_running, num_waiting, kv_usage), or None when there
-            are none yet.
+    The counters shown are num_finished, num_failed, num_prompt_tokens, num_generated_tokens, num_running, num_waiting
+    and kv_usage (0 to 1), as StatsBoard.snapshot gives them.
     """
 
-    def __init__(self, console: Console, num_rows: int, poll: Callable[[], Stats | None]):
+    def __init__(self, console: Console, num_rows: int):
         self._console = console
         self._num_rows = num_rows
-        self._poll = poll
+        self._poll: Callable[[], Stats | None] = lambda: None
         self._phase = ""
         self._num_written = 0
         self._stats: Stats = {}
@@ -57,9 +55,13 @@ class Progress:
         if self._live:
             self._live.stop()
 
-    def phase(self, name: str) -> None:
-        """Say what the job does now; counts are shown from the first finished or running row on."""
+    def phase(self, name: str, poll: Callable[[], Stats | None] | None = None) -> None:
+        """Say what the job does now; from the first running row on the counters are shown instead.
+
+        `poll`, if given, is called about once a second from then on, in the display's own thread.
+        """
         self._phase, self._phase_start = name, time.monotonic()
+        self._poll = poll or self._poll
         if self._live is None:
             self._console.print(Text(name))
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import platform
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -101,23 +102,14 @@ def run_job(
     console.print(Text(_intro(plan), style="dim"))
     parts: dict[str, int] = {}
     keys_out = KeyDigest()
-    board: Any = None
-
-    def poll() -> Mapping[str, Any] | None:
-        stats = ray.get(board.snapshot.remote(), timeout=5) if board is not None else None
-        if stats and stats["num_engines"]:
-            times.enter("run")
-        return stats
-
     try:
-        with Progress(console, census.num_rows, poll) as progress:
+        with Progress(console, census.num_rows) as progress:
             times.enter("start")
             progress.phase("starting Ray")
-            with _ray(address, verbose):
+            with _ray(address, verbose), _Board(times) as board:
                 times.enter("load")
-                progress.phase("loading the model")
-                board = StatsBoard.remote()
-                dataset = _dataset(plan, board)
+                progress.phase("loading the model", board.poll)
+                dataset = _dataset(plan, board.actor)
                 clear(spec.sink, plan.old_files)
                 for entry in _entries(dataset):
                     times.enter("run")
@@ -125,7 +117,6 @@ def run_job(
                     parts[entry.name] = entry.num_bytes
                     keys_out.merge(KeyDigest.of(entry.num_rows, entry.keys))
                     progress.written(entry.num_rows)
-                board = None
         times.enter("end")
         result.reason = _check(plan, result, parts, keys_out)
         result.status = "incomplete" if result.reason else "complete"
@@ -157,6 +148,35 @@ class _Times:
         self._stage, self._since = stage, now
 
 
+class _Board:
+    """The actor that engines report to, asked from the display's thread until the job is over."""
+
+    def __init__(self, times: _Times):
+        self._times = times
+        self._lock = threading.Lock()  # no call may be under way when Ray is shut down
+        self._open = True
+
+    def __enter__(self) -> _Board:
+        self.actor = StatsBoard.remote()  # type: ignore[attr-defined]
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        with self._lock:
+            self._open = False
+
+    def poll(self) -> Mapping[str, Any] | None:
+        with self._lock:
+            if not self._open:
+                return None
+            try:
+                stats = ray.get(self.actor.snapshot.remote(), timeout=2)
+            except ray.exceptions.RayError:  # late or lost: the display shows what it had
+                return None
+        if stats["num_engines"]:
+            self._times.enter("run")
+        return stats
+
+
 @contextmanager
 def _ray(address: str | None, verbose: bool) -> Iterator[None]:
     """Ray for one job: quiet unless `verbose`, and gone afterwards if it was started here."""
@@ -164,7 +184,7 @@ def _ray(address: str | None, verbose: bool) -> Iterator[None]:
     levels = [logger.level for logger in loggers]
     started = not ray.is_initialized()
     if started:
-        level = logging.INFO if verbose else logging.ERROR
+        level = logging.INFO if verbose else logging.CRITICAL
         ray.init(
             address=address or "local",
             include_dashboard=None if address else False,
@@ -176,7 +196,7 @@ def _ray(address: str | None, verbose: bool) -> Iterator[None]:
     try:
         if not verbose:
             for logger in loggers:
-                logger.setLevel(logging.ERROR)
+                logger.setLevel(logging.CRITICAL)
             for name, value in _QUIET.items():
                 setattr(context, name, value)
         yield

@@ -214,6 +214,7 @@ def write_whole(uri: str, name: str, data: bytes) -> None:
         fs.pipe_file(path, data)
         return
     aside = f"{folder.rstrip('/')}/{TEMP_PREFIX}{uuid.uuid4().hex}"
+    fs.makedirs(folder, exist_ok=True)  # on a disk that is not shared too: the driver then says that it is not
     try:
         fs.pipe_file(aside, data)
         fs.mv(aside, path)

@@ -13,9 +13,9 @@ import pyarrow.compute as pc
 
 csv.field_size_limit(2**31 - 1)  # Python's default refuses a text over 128 KiB
 
-# A number that text and type hold alike; "007" and "+1" stay strings.
+# A number that text and type hold alike; "007", "+1" and integers of 19 digits and more stay strings.
 _INTEGER = r"^-?(0|[1-9][0-9]{0,17})$"
-_FLOAT = r"^-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?$"
+_FLOAT = r"^-?(0|[1-9][0-9]{0,14})(\.[0-9]+)?([eE][-+]?[0-9]{1,2})?$"
 
 
 @dataclass

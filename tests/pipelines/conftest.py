@@ -1,0 +1,105 @@
+"""A tiny random-weight Llama whose tokens are single bytes, a table, and one local Ray for the tests of this folder."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[bot]{% endif %}"
+
+
+@pytest.fixture(scope="session")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny_llama")
+    letters = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<eos>"]
+    tokenizer = Tokenizer(models.BPE(vocab={text: id for id, text in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", chat_template=TEMPLATE).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(letters), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.5, bos_token_id=None,
+        eos_token_id=len(letters) - 1,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def job(model_path: str, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """job(source, **other) -> a small job over `source`, writing to tmp_path/out; keyword arguments replace its parts."""
+
+    def make(source: Any, **other: Any) -> dict[str, Any]:
+        engine = {"max_model_len": 128, "max_num_seqs": 8, "cpu_kv_cache_gib": 0.01, "num_threads": 1}
+        return {
+            "source": source if isinstance(source, dict) else {"uri": str(source)},
+            "prompt": "Say: {{ text }}",
+            "model": {"model_source": model_path, **engine},
+            "sampling": {"temperature": 0, "max_tokens": 4, "ignore_eos": True},
+            "sink": {"uri": str(tmp_path / "out")},
+            **other,
+        }
+
+    return make
+
+
+@pytest.fixture
+def table() -> pa.Table:
+    """Rows with the types that get lost on the way when nobody looks: nulls, 64-bit integers, nested values."""
+    return pa.table(
+        {
+            "id": pa.array([2**53 + i for i in range(12)], pa.int64()),
+            "text": [f'line "{i}",\nwith ünïcode' for i in range(12)],
+            "score": pa.array([None if i % 5 == 0 else i / 4 for i in range(12)], pa.float64()),
+            "count": pa.array([None if i % 3 == 0 else i for i in range(12)], pa.int64()),
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def local_ray():
+    """A Ray of this test run's own: never one that happens to run on the machine."""
+    import ray
+
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        num_cpus=2,
+        log_to_driver=False,
+        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}},
+    )
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture
+def cli() -> Callable[..., subprocess.Popen[str]]:
+    """cli(*args) starts the command line in a process of its own, its output captured."""
+    started = []
+
+    def start(*args: Any, **kwargs: Any) -> subprocess.Popen[str]:
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+        command = [sys.executable, "-m", "rayinfer.pipelines.cli", *map(str, args)]
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env, **kwargs)
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+            process.wait()

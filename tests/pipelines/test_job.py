@@ -1,0 +1,142 @@
+"""The job file and its templates: what is taken, and that every refusal names the key, the place and the way out."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rayinfer.errors import ConfigError, ErrorType, RowError
+from rayinfer.pipelines.job import JobSpec, load_job
+from rayinfer.pipelines.template import PromptTemplate
+
+GOOD: dict[str, Any] = {
+    "source": {"uri": "in"},
+    "prompt": "{{ text }}",
+    "model": {"model_source": "org/name"},
+    "sink": {"uri": "out"},
+}
+
+
+def changed(**parts: Any) -> dict[str, Any]:
+    return {key: value for key, value in {**GOOD, **parts}.items() if value is not None}
+
+
+def test_paths_are_relative_to_the_job_file(tmp_path, monkeypatch):
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "models/tiny").mkdir(parents=True)
+    path = tmp_path / "jobs/job.yaml"
+    path.write_text(yaml.safe_dump(changed(source={"uri": "../in", "limit": 5}, model="../models/tiny")))
+    monkeypatch.chdir("/")
+    spec = load_job(path)
+    assert (spec.source.uri, spec.sink.uri) == (str(tmp_path / "in"), str(tmp_path / "jobs/out"))
+    assert spec.model.model == str(tmp_path / "models/tiny")
+    assert load_job(path, limit=2).source.limit == 2
+    assert JobSpec.parse(GOOD).model.model == "org/name"
+    spec = JobSpec.parse(changed(source={"uri": "s3://bucket/in"}, model={"model_source": "sub/x.gguf"}), base=tmp_path)
+    assert (spec.source.uri, spec.model.model) == ("s3://bucket/in", str(tmp_path / "sub/x.gguf"))
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"sorce": {}}, r"job: unknown key 'sorce'; did you mean 'source'\? Known keys: .*sink, source"),
+        ({"sink": {"uri": "o", "fromat": "csv"}}, r"unknown key 'sink.fromat'; did you mean 'format'\?"),
+        ({"sampling": {"temprature": 1}}, r"unknown key 'sampling.temprature'; did you mean 'temperature'\?"),
+        ({"model": {"model_source": "a", "blok_size": 1}}, r"unknown key 'model.blok_size'; did you mean 'block_size'\?"),
+        ({"sampling": {"temperature": -1}}, r"job: sampling.temperature = -1: .* greater than or equal to 0"),
+        ({"sampling": {"max_tokens": 0}}, r"job: sampling.max_tokens = 0"),
+        ({"model": {"block_size": 16}}, r"job: model = .*: model_source is missing"),
+        ({"model": None}, r"job: model = .*: Field required"),
+        ({"source": {"uri": ""}}, r"job: source.uri = ''"),
+        ({"source": {"uri": "x", "format": "xml"}}, r"job: source.format = 'xml': .*'parquet', 'jsonl' or 'csv'"),
+        ({"prompt": None}, r"exactly one of prompt and messages"),
+        ({"messages": [{"role": "user", "content": "x"}]}, r"exactly one of prompt and messages"),
+        ({"prompt": None, "messages": [{"role": "boss", "content": "x"}]}, r"job: messages.0.role = 'boss'"),
+        ({"prompt": None, "messages": []}, r"job: messages = \[\]"),
+        ({"prompt": "{{ text "}, r"job: prompt: line 1 of the template: "),
+        ({"prompt": None, "messages": [{"role": "user", "content": "a\n{% if %}"}]}, r"job: messages.0.content: line 2"),
+        ({"processor": {"concurrency": 0}}, r"job: processor.concurrency = 0: want a number of engines"),
+        ({"processor": {"concurrency": [2, 1]}}, r"job: processor.concurrency = \[2, 1\]"),
+        ({"on_error": "ignore"}, r"job: on_error = 'ignore': .*'record' or 'raise'"),
+    ],
+)
+def test_refusals_name_key_value_and_what_is_allowed(parts, message):
+    with pytest.raises(ConfigError, match=message):
+        JobSpec.parse(changed(**parts))
+
+
+def test_all_that_is_wrong_is_told_at_once():
+    with pytest.raises(ConfigError) as caught:
+        JobSpec.parse(changed(sorce={}, sampling={"top_p": 2}, sink={}))
+    assert len(str(caught.value).splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1", r"job.yaml: not valid YAML: line \d+"),
+        ("source: {uri: a}\nsource: {uri: b}", r"job.yaml: not valid YAML: line 2, column 1: key 'source' is there twice"),
+        ("- a", "job.yaml: want a mapping"),
+        ("", "job.yaml: want a mapping"),
+        ("!!python/object/apply:os.getcwd []", "job.yaml: not valid YAML: .*could not determine a constructor"),
+    ],
+)
+def test_job_files_that_are_none(tmp_path: Path, text: str, message: str):
+    path = tmp_path / "job.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_job(path)
+    with pytest.raises(ConfigError, match=r"job file .*no.yaml': No such file"):
+        load_job(tmp_path / "no.yaml")
+
+
+def test_templates_render_text_and_messages():
+    template = PromptTemplate(messages=[("system", "Be {{ how }}.\n"), ("user", "{% if x %}{{ x }}{% endif %}{{ row['a b'] }}")])
+    template = pickle.loads(pickle.dumps(template))
+    template.check_columns(["how", "x", "a b"])
+    row = {"how": "short", "x": None, "a b": "{{ how }}"}
+    assert template.render(row) == {
+        "messages": [{"role": "system", "content": "Be short.\n"}, {"role": "user", "content": "{{ how }}"}]
+    }
+    assert PromptTemplate("{{ n + 1 }}{% for a in l %}{{ a.b }}{% endfor %}").render({"n": 1, "l": [{"b": 2}]}) == {
+        "prompt": "22"
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{{ txt }}", r"prompt: the template uses 'txt', which is no column of the source; did you mean 'text'\?"),
+        ("{{ row['txt'] }}", "uses 'txt'"),
+        ("{{ row.txt }}", "uses 'txt'"),
+        ("{% for c in text %}{{ c }}{{ d }}{% endfor %}", "uses 'd'"),
+        ("{{ range(3) }}", "uses 'range'"),
+    ],
+)
+def test_unknown_columns(text, message):
+    with pytest.raises(ConfigError, match=message):
+        PromptTemplate(text).check_columns(["id", "text"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{{ x.secret }}", "UndefinedError"),
+        ("{{ n }}", "prints a null value"),
+        ("{{ 1 / zero }}", "the template raised ZeroDivisionError"),
+        ("{{ x.__class__.__mro__ }}", "SecurityError"),
+        ("{{ ''.__class__ }}", "SecurityError"),
+        ("{{ l.append(1) }}", "SecurityError"),
+        ("{{ row.update({'a': 1}) }}", "SecurityError"),
+        ("{% include 'x' %}", "the template raised TypeError"),
+    ],
+)
+def test_a_row_that_its_template_cannot_take(text, message):
+    with pytest.raises(RowError, match=message) as caught:
+        PromptTemplate(text).render({"x": "TOP-SECRET", "n": None, "zero": 0, "l": []})
+    assert caught.value.type == ErrorType.TEMPLATE_ERROR
+    assert "TOP-SECRET" not in str(caught.value)

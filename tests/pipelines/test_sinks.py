@@ -1,0 +1,219 @@
+"""Part files: every source format into every sink format, read back with pyarrow; names, entries, and the folder's rules."""
+
+from __future__ import annotations
+
+import datetime as dt
+import hashlib
+import json
+import os
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet as pq
+import pytest
+
+from rayinfer.errors import ConfigError
+from rayinfer.pipelines import sources
+from rayinfer.pipelines.job import JobSpec, SinkSpec
+from rayinfer.pipelines.keys import KeyDigest
+from rayinfer.pipelines.sinks import MARKER, RESULTS, Entry, PartWriter, check_sink, clear, output_schema, sweep
+from rayinfer.pipelines.sources import take_census
+from rayinfer.processors.columns import OUTPUT
+
+READERS = {
+    "parquet": pq.read_table,
+    "jsonl": pyarrow.json.read_json,
+    "csv": lambda path: pyarrow.csv.read_csv(path, parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True)),
+}
+
+
+def spec_of(source: Any, sink: Any, **parts: Any) -> JobSpec:
+    source = source if isinstance(source, dict) else {"uri": str(source)}
+    sink = sink if isinstance(sink, dict) else {"uri": str(sink)}
+    return JobSpec.parse({"source": source, "prompt": "x", "model": "m", "sink": sink, **parts})
+
+
+def finished(spec: JobSpec) -> tuple[pa.Table, pa.Schema]:
+    """The source's rows with results, as they come out of the processor: every third row failed."""
+    census = take_census(spec.source)
+    read = sources._ReadUnits(census.spec, census.format, census.schema)
+    table = pa.concat_tables(read(pa.Table.from_pylist([unit.__dict__ for unit in census.units])))
+    rows = []
+    for i in range(table.num_rows):
+        good = {"generated_text": f'a "{i}",\nü', "finish_reason": "stop", "num_generated_tokens": 2, "attempts": 1}
+        good |= {"num_input_tokens": 5, "num_cached_tokens": 1, "generated_tokens": [1, 2]}
+        bad = {"finish_reason": "error", "error_type": "TEMPLATE_ERROR", "error_message": "why", "attempts": 0}
+        rows.append(bad if i % 3 == 0 else good)
+    for field in OUTPUT:
+        if field.name not in ("logprobs", "prompt_logprobs"):
+            table = table.append_column(field, pa.array([row.get(field.name) for row in rows], field.type))
+    return table, output_schema(census, spec)
+
+
+def write(spec: JobSpec, table: pa.Table, schema: pa.Schema) -> Entry:
+    return Entry(**json.loads(PartWriter(spec.sink, schema)(table)["entry"][0].as_py()))
+
+
+@pytest.mark.parametrize("sink", list(READERS))
+@pytest.mark.parametrize("source", list(READERS))
+def test_every_source_into_every_sink(tmp_path, table, source, sink):
+    path = tmp_path / f"in.{source}"
+    if source == "parquet":
+        pq.write_table(table, path)
+    elif source == "csv":
+        pyarrow.csv.write_csv(table, path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
+    spec = spec_of(path, {"uri": str(tmp_path / "out"), "format": sink})
+    rows, schema = finished(spec)
+    entry = write(spec, rows, schema)
+    (part,) = (tmp_path / "out").iterdir()
+    out = READERS[sink](part)
+    assert out.column_names == ["row_key", *table.column_names, *RESULTS]
+    # The input, by pyarrow's own reading of the part, is what went in; ids above 2^53 too.
+    assert out.select(table.column_names).cast(table.schema).to_pylist() == table.to_pylist()
+    assert out["row_key"].to_pylist() == [f"in.{source}#{i}" for i in range(12)]
+    texts = [None if i % 3 == 0 else f'a "{i}",\nü' for i in range(12)]
+    if sink == "csv":  # pyarrow reads an empty field of a string column as "", null or not
+        texts = [text or "" for text in texts]
+    assert out["generated_text"].to_pylist() == texts
+    assert out["error_type"].to_pylist().count("TEMPLATE_ERROR") == 4
+    assert out["num_generated_tokens"].to_pylist() == [None if i % 3 == 0 else 2 for i in range(12)]
+
+    digest = KeyDigest()
+    digest.add([f"in.{source}#{i}" for i in range(12)])
+    data = part.read_bytes()
+    assert entry.name == part.name == f"part-{hashlib.sha256(data).hexdigest()[:32]}.{sink}"
+    assert (entry.num_rows, entry.num_ok, entry.errors) == (12, 8, {"TEMPLATE_ERROR": 4})
+    assert (entry.num_input_tokens, entry.num_generated_tokens, entry.num_cached_tokens) == (40, 16, 8)
+    assert (entry.num_bytes, entry.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+    assert entry.keys == digest.hex()
+    assert {row["error_type"] for row in entry.samples} == {None, "TEMPLATE_ERROR"}
+
+
+def test_the_same_rows_are_the_same_part_and_all_parts_have_one_schema(tmp_path, table):
+    pq.write_table(table, tmp_path / "in.parquet")
+    spec = spec_of(tmp_path / "in.parquet", tmp_path / "out")
+    rows, schema = finished(spec)
+    names = {write(spec, rows.slice(start, 4), schema).name for start in (0, 4, 8, 0, 8)}
+    assert names == set(os.listdir(tmp_path / "out"))
+    assert len(names) == 3
+    assert write(spec, rows.filter(pa.compute.is_valid(rows["error_type"])), schema).num_ok == 0  # only failed rows
+    schemas = {str(pq.read_schema(tmp_path / "out" / name)) for name in os.listdir(tmp_path / "out")}
+    assert len(schemas) == 1
+
+
+def test_types_that_json_and_csv_have_not(tmp_path):
+    kinds = {
+        "when": pa.array([dt.datetime(2024, 1, 2, 3, 4, 5)], pa.timestamp("us")),
+        "money": pa.array([Decimal("1.10")], pa.decimal128(10, 2)),
+        "raw": pa.array([b"\x00\xff"]),
+        "nan": pa.array([float("nan")]),
+        "tags": pa.array([["a", "b"]]),
+    }
+    pq.write_table(pa.table(kinds), tmp_path / "in.parquet")
+    spec = spec_of(tmp_path / "in.parquet", {"uri": str(tmp_path / "out"), "format": "jsonl"})
+    write(spec, *finished(spec))
+    (part,) = (tmp_path / "out").iterdir()
+    row = json.loads(part.read_text())
+    assert [row[key] for key in kinds] == ["2024-01-02T03:04:05", "1.10", "AP8=", None, ["a", "b"]]
+    spec = spec_of(tmp_path / "in.parquet", {"uri": str(tmp_path / "csv"), "format": "csv"})
+    with pytest.raises(ConfigError, match="sink.format = 'csv' cannot hold column 'tags' of type list"):
+        finished(spec)
+    spec = spec_of(tmp_path / "in.parquet", {"uri": str(tmp_path / "csv"), "format": "csv", "columns": ["raw", "when"]})
+    write(spec, *finished(spec))
+    (part,) = (tmp_path / "csv").iterdir()
+    assert READERS["csv"](part).select(["raw", "when"]).to_pylist() == [
+        {"raw": "AP8=", "when": dt.datetime(2024, 1, 2, 3, 4, 5)}
+    ]
+    spec = spec_of(tmp_path / "in.parquet", {"uri": "o", "format": "csv", "columns": []}, sampling={"logprobs": 1})
+    with pytest.raises(ConfigError, match="cannot hold column 'logprobs'"):
+        finished(spec)
+
+
+def test_kept_columns_and_name_clashes(tmp_path):
+    source = pa.table({"id": ["a"], "text": ["t"], "error_type": ["mine"], "row_key": ["k"], "prompt": ["p"]})
+    pq.write_table(source, tmp_path / "in.parquet")
+    uri = {"uri": str(tmp_path / "in.parquet")}
+    with pytest.raises(ConfigError, match="the source has a column 'error_type', a name that the output uses"):
+        finished(spec_of(uri, "o"))
+    with pytest.raises(ConfigError, match="'row_key', a name that the output uses"):
+        finished(spec_of(uri, {"uri": "o", "columns": ["row_key"]}))
+    with pytest.raises(ConfigError, match=r"sink.columns: 'txt' is not read from the source; did you mean 'text'\?"):
+        finished(spec_of(uri, {"uri": "o", "columns": ["txt"]}))
+    spec = spec_of({**uri, "id_column": "id"}, {"uri": str(tmp_path / "out"), "columns": ["row_key", "prompt"]})
+    write(spec, *finished(spec))
+    (out,) = pq.read_table(tmp_path / "out").to_pylist()
+    assert {key: out[key] for key in ("id", "row_key", "prompt", "error_type")} == {
+        "id": "a", "row_key": "k", "prompt": "p", "error_type": "TEMPLATE_ERROR",
+    }  # fmt: skip
+    assert "text" not in out
+
+
+def test_a_store_that_is_not_local(tmp_path, table):
+    pq.write_table(table, tmp_path / "in.parquet")
+    spec = spec_of(tmp_path / "in.parquet", "memory://bucket/out")
+    entry = write(spec, *finished(spec))
+    fs = fsspec.filesystem("memory")
+    assert [info["name"] for info in fs.ls("/bucket/out", detail=True)] == [f"/bucket/out/{entry.name}"]
+    fs.pipe("/bucket/out/part-orphan.parquet", b"left by a task that ran twice")
+    assert sweep(spec.sink, {entry.name: entry.num_bytes, "part-lost": 1}) == (["part-lost"], 1)
+    assert sweep(spec.sink, {entry.name: entry.num_bytes - 1}) == ([entry.name], 0)
+    assert fs.ls("/bucket/out", detail=False) == [f"/bucket/out/{entry.name}"]
+
+
+def test_a_failed_write_leaves_nothing(tmp_path, table, monkeypatch):
+    pq.write_table(table, tmp_path / "in.parquet")
+    spec = spec_of(tmp_path / "in.parquet", tmp_path / "out")
+    rows, schema = finished(spec)
+    (tmp_path / "out").mkdir()
+    local = type(fsspec.filesystem("file"))
+    monkeypatch.setattr(local, "mv", lambda *args, **kwargs: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(OSError, match="No space left"):
+        write(spec, rows, schema)
+    assert os.listdir(tmp_path / "out") == []
+
+
+def sink_of(path: Path | str) -> SinkSpec:
+    return SinkSpec(uri=str(path))
+
+
+def test_rules_of_the_output_folder(tmp_path):
+    out, source = tmp_path / "a" / "out", str(tmp_path / "in.parquet")
+    assert check_sink(sink_of(out), source, overwrite=False) == []
+    assert os.listdir(out) == []  # made, and the probe is gone
+    (out / "part-1.parquet").touch()
+    with pytest.raises(ConfigError, match=r"holds 1 file\(s\) of an unfinished job; give --overwrite or name another"):
+        check_sink(sink_of(out), source, overwrite=False)
+    (out / MARKER).touch()
+    with pytest.raises(ConfigError, match=r"holds 2 file\(s\) of a finished job"):
+        check_sink(sink_of(out), source, overwrite=False)
+    old = check_sink(sink_of(out), source, overwrite=True)
+    assert sorted(os.listdir(out)) == sorted(old)  # checking removes nothing
+    clear(sink_of(out), old)
+    assert os.listdir(out) == []
+    (out / "diary.txt").touch()
+    with pytest.raises(ConfigError, match=r"holds 1 file\(s\), among them 'diary.txt', which no job wrote"):
+        check_sink(sink_of(out), source, overwrite=True)
+    with pytest.raises(ConfigError, match="the folder cannot be written"):
+        check_sink(sink_of(out / "diary.txt"), source, overwrite=False)
+    with pytest.raises(ConfigError, match="lies in the source"):
+        check_sink(sink_of(tmp_path / "in" / "out"), str(tmp_path / "in"), overwrite=False)
+    with pytest.raises(ConfigError, match="no worker shares it"):
+        check_sink(sink_of("memory://out"), source, overwrite=False)
+    with pytest.raises(ConfigError, match="sink.uri = 'nosuch://x'"):
+        check_sink(sink_of("nosuch://x"), source, overwrite=False)
+
+
+def test_a_folder_without_write_permission(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir(mode=0o555)
+    if os.access(out, os.W_OK):  # root writes everywhere but here
+        out = Path("/proc/out")
+    with pytest.raises(ConfigError, match="the folder cannot be written"):
+        check_sink(sink_of(out), str(tmp_path / "in.parquet"), overwrite=False)

@@ -1,0 +1,268 @@
+"""The census and the read units against pyarrow and the standard library reading the same files."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rayinfer.errors import ConfigError
+from rayinfer.pipelines import sources
+from rayinfer.pipelines.job import SourceSpec
+from rayinfer.pipelines.keys import KeyDigest
+from rayinfer.pipelines.sources import KEY, SOURCE, SOURCE_ERROR, Census, take_census
+
+
+def census_of(uri: Any, **kwargs: Any) -> Census:
+    return take_census(SourceSpec(uri=str(uri), **kwargs))
+
+
+def read_all(census: Census) -> pa.Table:
+    """All rows, as the read tasks give them to Ray."""
+    read = sources._ReadUnits(census.spec, census.format, census.schema)
+    units = pa.Table.from_pylist([unit.__dict__ for unit in census.units])
+    return pa.concat_tables(read(units))
+
+
+def rows_of(table: pa.Table) -> list[dict[str, Any]]:
+    return table[SOURCE].to_pylist()
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def rows() -> list[dict[str, Any]]:
+    return [{"id": i, "text": f'say "{i}",\r\nor ünï {i}', "half": i / 2} for i in range(3000)]
+
+
+def check_same(census: Census, expected: list[dict[str, Any]]) -> None:
+    table = read_all(census)
+    assert rows_of(table) == expected
+    assert census.num_rows == len(expected)
+    assert table[SOURCE_ERROR].null_count == len(expected)
+    assert len(set(table[KEY].to_pylist())) == len(expected)
+    digest = KeyDigest()
+    digest.add(table[KEY].to_pylist())
+    assert digest == census.key_digest()
+
+
+@pytest.mark.parametrize("id_column", [None, "id"])
+@pytest.mark.parametrize("format", ["parquet", "jsonl", "csv"])
+def test_every_row_once_with_its_key(tmp_path, rows, format, id_column):
+    path = tmp_path / f"in.{format}"
+    if format == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=700)
+    else:
+        {"jsonl": write_jsonl, "csv": write_csv}[format](path, rows)
+    check_same(census_of(path, id_column=id_column), rows)
+    check_same(census_of(path, id_column=id_column, limit=1500), rows[:1500])
+
+
+def test_units_join_so_that_their_number_is_bounded(tmp_path, rows, monkeypatch):
+    monkeypatch.setattr(sources, "UNIT_ROWS", 16)
+    monkeypatch.setattr(sources, "MAX_UNITS", 4)
+    for path in (write_jsonl(tmp_path / "a.jsonl", rows), write_csv(tmp_path / "a.csv", rows)):
+        census = census_of(path)
+        assert len(census.units) <= 5
+        check_same(census, rows)
+
+
+def test_folders_globs_hive_and_compression(tmp_path, rows):
+    for year in (2024, 2025):
+        (tmp_path / "hive" / f"year={year}").mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(rows[:10]), tmp_path / "hive/year=2024/a.parquet")
+    pq.write_table(pa.Table.from_pylist(rows[10:20]), tmp_path / "hive/year=2025/a.parquet")
+    (tmp_path / "hive/_SUCCESS").touch()
+    (tmp_path / "hive/readme.md").touch()
+    census = census_of(tmp_path / "hive")
+    assert census.num_skipped_files == 1
+    check_same(census, pq.read_table(tmp_path / "hive", partitioning="hive", ignore_prefixes=["_", "readme"]).to_pylist())
+    assert read_all(census)[KEY][10].as_py() == "year=2025/a.parquet#0"
+
+    path = write_jsonl(tmp_path / "z.jsonl", rows)
+    (tmp_path / "z.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
+    check_same(census_of(tmp_path / "z.jsonl.gz"), rows)
+    write_jsonl(tmp_path / "y.jsonl", rows[:5])
+    check_same(census_of(tmp_path / "[yz].jsonl"), rows[:5] + rows)
+
+
+def test_a_file_system_that_is_not_local(rows):
+    fs = fsspec.filesystem("memory")
+    with fs.open("/bucket/in/a.parquet", "wb") as file:
+        pq.write_table(pa.Table.from_pylist(rows[:7]), file)
+    check_same(census_of("memory://bucket/in"), rows[:7])
+
+
+def test_columns_are_chosen_and_the_id_is_always_read(tmp_path, rows):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist(rows[:3]), path)
+    census = census_of(path, columns=["text"], id_column="id")
+    assert rows_of(read_all(census)) == [{"text": row["text"], "id": row["id"]} for row in rows[:3]]
+
+
+def test_parquet_files_with_other_columns_and_wider_types(tmp_path):
+    pq.write_table(pa.table({"a": pa.array([1], pa.int32()), "n": pa.nulls(1)}), tmp_path / "1.parquet")
+    pq.write_table(pa.table({"a": pa.array([2**40]), "b": ["x"], "n": ["y"]}), tmp_path / "2.parquet")
+    census = census_of(tmp_path)
+    assert census.schema == pa.schema([("a", pa.int64()), ("n", pa.string()), ("b", pa.string())])
+    check_same(census, [{"a": 1, "n": None, "b": None}, {"a": 2**40, "n": "y", "b": "x"}])
+    pq.write_table(pa.table({"a": ["text"]}), tmp_path / "3.parquet")
+    with pytest.raises(ConfigError, match=r"column 'a' is string in .*3.parquet' but int64"):
+        census_of(tmp_path)
+
+
+def test_csv_types_hold_what_the_text_said(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("\ufeffi,f,zip,big,empty,date\n1,1,007,123456789012345678901,,2024-01-01\n\n,2.5,1,1,,x\n", "utf-8")
+    census = census_of(path)
+    assert [str(kind) for kind in census.schema.types] == ["int64", "double", "string", "string", "string", "string"]
+    check_same(
+        census,
+        [
+            {"i": 1, "f": 1.0, "zip": "007", "big": "123456789012345678901", "empty": "", "date": "2024-01-01"},
+            {"i": None, "f": 2.5, "zip": "1", "big": "1", "empty": "", "date": "x"},
+        ],
+    )
+
+
+def test_a_long_csv_field_is_read(tmp_path):
+    text = "x" * 300_000
+    check_same(census_of(write_csv(tmp_path / "a.csv", [{"text": text}])), [{"text": text}])
+
+
+def test_jsonl_types_are_those_of_all_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "UNIT_ROWS", 2)
+    rows = [{"a": 1, "m": 1}, {"a": 2, "s": {"x": 1}}, {"a": 0.5, "m": "one", "s": {"x": 2, "y": [1]}}, {"m": [1, "a"]}]
+    census = census_of(write_jsonl(tmp_path / "a.jsonl", rows))
+    assert census.schema.field("a").type == pa.float64()
+    check_same(
+        census,
+        [
+            {"a": 1.0, "m": "1", "s": None},
+            {"a": 2.0, "m": None, "s": {"x": 1, "y": None}},
+            {"a": 0.5, "m": "one", "s": {"x": 2, "y": [1]}},
+            {"a": None, "m": '[1, "a"]', "s": None},
+        ],
+    )
+
+
+def test_a_bad_record_costs_one_row(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"t": "a"}\n{"t": \n[1]\n\n{"t": "\xff"}\n{"t": "b"}')
+    table = read_all(census_of(path))
+    assert [row["t"] for row in rows_of(table)] == ["a", None, None, None, "b"]
+    assert table[KEY].to_pylist() == [f"a.jsonl#{i}" for i in range(5)]
+    errors = table[SOURCE_ERROR].to_pylist()
+    assert errors[0] is errors[4] is None
+    assert errors[1].startswith("record 1 (from 0) is not valid JSON")
+    assert errors[2:4] == [
+        "record 2 (from 0) is a list, not a JSON object",
+        "record 3 (from 0) is not valid JSON: not UTF-8",
+    ]
+    path = tmp_path / "a.csv"
+    path.write_text("a,b\n1,2\n3\n4,5\n")
+    table = read_all(census_of(path))
+    assert rows_of(table) == [{"a": 1, "b": 2}, {"a": None, "b": None}, {"a": 4, "b": 5}]
+    assert table[SOURCE_ERROR].to_pylist() == [None, "record 1 (from 0) has 1 fields where the header has 2", None]
+
+
+def test_a_file_that_changes_under_the_job_is_noticed(tmp_path, rows):
+    path = write_jsonl(tmp_path / "a.jsonl", rows[:5])
+    census = census_of(path)
+    write_jsonl(path, rows[:4])
+    with pytest.raises(OSError, match="4 rows where the census counted 5"):
+        read_all(census)
+
+
+def refused(tmp_path: Path, name: str, content: str | bytes, message: str, **kwargs: Any) -> None:
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigError, match=message):
+        census_of(path, **kwargs)
+
+
+def test_what_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"source.uri = .*nothing'.*: no file there"):
+        census_of(tmp_path / "nothing")
+    with pytest.raises(ConfigError, match="no file there"):
+        census_of(tmp_path / "*.csv")
+    with pytest.raises(ConfigError, match="source.uri = 'nosuch://x'"):
+        census_of("nosuch://x")
+    refused(tmp_path, "e.csv", "", "no rows in 1 csv file")
+    refused(tmp_path, "e.csv", "a,b\n", "no rows in 1 csv file")
+    refused(tmp_path, "e.jsonl", "\n", "no rows in 1 jsonl file")
+    refused(tmp_path, "h.csv", "a,a\n1,2\n", "an empty or a repeated name")
+    refused(tmp_path, "q.csv", 'a\n"open\n', "q.csv' cannot be read as csv: the record at byte 2")
+    refused(tmp_path, "u.csv", b"a\n\xff\n", "is not UTF-8")
+    refused(tmp_path, "t.parquet", b"PAR1 no", "t.parquet' cannot be read as parquet")
+    refused(tmp_path, "a.txt", "a", "none of 1 file")
+    refused(tmp_path, "c.csv", "text\n1\n", "source.columns: 'txt' is no column of .*; did you mean 'text'?", columns=["txt"])
+    refused(tmp_path, "c.csv", "text\n1\n", "source.id_column: 'id' is no column", id_column="id")
+    with pytest.raises(ConfigError, match="files of several formats"):
+        census_of(tmp_path)
+    assert census_of(tmp_path / "a.txt", format="csv", limit=1) if (tmp_path / "a.txt").write_text("a\n1\n") else None
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (["a", "b", "a"], "id 'a' is there more than once"),
+        ([1, 2, None], r"row 2 \(from 0\) of 'a.jsonl' has no id: null id"),
+        ([1.5, 2.5, 3.5], "ids are integers or strings, this column is double"),
+    ],
+)
+def test_ids_that_are_none(tmp_path, ids, message):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"id": id, "t": "x"} for id in ids])
+    with pytest.raises(ConfigError, match=message):
+        census_of(path, id_column="id")
+    assert census_of(path, id_column="id", limit=2).num_rows == 2 if ids[0] != 1.5 else True
+
+
+def test_a_duplicate_far_away_and_a_hash_collision(monkeypatch):
+    from rayinfer.pipelines import keys
+
+    batches = [[str(i) for i in range(n, n + 1000)] for n in range(0, 50_000, 1000)]
+    digest = KeyDigest()
+    assert keys.find_duplicate(lambda: iter(batches), digest) is None
+    assert digest.count == 50_000
+    assert keys.find_duplicate(lambda: iter([*batches, ["17"]]), KeyDigest()) == "17"
+
+    class Colliding(KeyDigest):
+        def add(self, keys):
+            return super().add(keys) % 7
+
+    monkeypatch.setattr(keys, "KeyDigest", Colliding)
+    assert keys.find_duplicate(lambda: iter(batches), Colliding()) is None
+    assert keys.find_duplicate(lambda: iter([*batches, ["17"]]), Colliding()) == "17"
+
+
+def test_digest_tells_lost_and_doubled_apart():
+    def digest(*parts: list[str]) -> KeyDigest:
+        whole = KeyDigest()
+        for part in parts:
+            other = KeyDigest()
+            other.add(part)
+            whole.merge(KeyDigest.of(other.count, other.hex()))
+        return whole
+
+    assert digest(["a", "b"], ["c"]) == digest(["c", "a"], [], ["b"])
+    assert digest(["a", "b", "c"]) != digest(["a", "b", "b"])
+    assert digest(["a", "b"]) != digest(["a", "b", "b"])
