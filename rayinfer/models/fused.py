@@ -144,9 +144,16 @@ class FusedDecoder(nn.Module):
         tables = {kind: _rotary_tables(base, kind, num_positions) for kind in dict.fromkeys(kinds)}
         self._tables = [tables[kind] for kind in kinds]
 
-    def forward(self, input_ids: torch.Tensor, **_: Any) -> BaseModelOutputWithPast:
-        """Token ids [1, T] to hidden states [1, T, C]; positions and all else come with the step."""
-        x_TC, residual_TC = self.embed_tokens(input_ids[0]), None
+    def get_input_embeddings(self) -> nn.Module:
+        """For models of text and images, which embed the tokens before they call their decoder."""
+        return self.embed_tokens
+
+    def forward(
+        self, input_ids: torch.Tensor | None = None, inputs_embeds: torch.Tensor | None = None, **_: Any
+    ) -> BaseModelOutputWithPast:
+        """Token ids [1, T] or embeddings [1, T, C] to hidden states [1, T, C]; positions come with the step."""
+        x_TC = self.embed_tokens(input_ids[0]) if inputs_embeds is None else inputs_embeds[0]  # type: ignore[index]
+        residual_TC = None
         for layer, (cos_MR, sin_MR) in zip(self.layers, self._tables, strict=True):
             x_TC, residual_TC = layer(x_TC, residual_TC, cos_MR, sin_MR)
         return BaseModelOutputWithPast(last_hidden_state=self.norm.add(x_TC, residual_TC)[0][None])

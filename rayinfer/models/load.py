@@ -21,7 +21,7 @@ from rayinfer.config import EngineConfig
 from rayinfer.errors import ConfigError, UnsupportedModelError, nearest
 from rayinfer.models.fused import fuse
 from rayinfer.models.model import Model, ModelInfo
-from rayinfer.models.paged import ATTENTION, WAY_OUT, discover
+from rayinfer.models.paged import ATTENTION, WAY_OUT, check_config, discover
 from rayinfer.models.source import Source, check_weights, find_source
 
 _DYNAMIC_ROPE = ("dynamic", "longrope")  # rotary types whose angles depend on the length of the sequence
@@ -34,14 +34,7 @@ def inspect_model(config: EngineConfig) -> ModelInfo:
         ConfigError: files missing, cut short or pickled; unknown hf_overrides; code of the model's own needed.
         UnsupportedModelError: an architecture that cannot run on the paged engine.
     """
-    _, hf_config, info = _inspect(config)
-    try:
-        with torch.device("meta"):
-            module = _from_config(config, copy.deepcopy(hf_config), info.dtype)
-        discover(module)
-    except (NotImplementedError, RuntimeError):
-        pass  # some mixtures of experts route by values, which meta tensors lack: left to load_model
-    return info
+    return _inspect(config)[2]
 
 
 def load_model(config: EngineConfig) -> Model:
@@ -102,6 +95,16 @@ def _inspect(config: EngineConfig) -> tuple[Source, PreTrainedConfig, ModelInfo]
         hidden_size=text.hidden_size,
     )
     _check_length(config, text, info)
+    check_config(architecture, text)
+    try:
+        with torch.device("meta"):
+            discover(_from_config(config, copy.deepcopy(hf_config), info.dtype))
+    except RuntimeError:
+        pass  # mixtures of experts route by values, which meta tensors lack: looked at again with the weights
+    except (KeyError, TypeError, AttributeError, AssertionError) as error:
+        raise UnsupportedModelError(
+            f"{architecture} does not run with attention from outside, or not with this config: {error!r}"
+        ) from error
     return source, hf_config, info
 
 
@@ -140,10 +143,9 @@ def _override(hf_config: PreTrainedConfig, overrides: dict[str, Any]) -> PreTrai
             raise ConfigError(f"hf_overrides: {type(hf_config).__name__} has no field {key!r}{nearest(key, values)}")
         old = values[key]
         values[key] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
-    kinds = values.get("layer_types")
-    if kinds and "layer_types" not in overrides:
-        values["layer_types"] = kinds[: values["num_hidden_layers"]]
     try:
+        if values.get("layer_types") and "layer_types" not in overrides:
+            values["layer_types"] = values["layer_types"][: values["num_hidden_layers"]]
         return type(hf_config).from_dict(values)
     except Exception as error:  # the config classes validate themselves, each in its way
         raise ConfigError(f"hf_overrides = {overrides}: {type(hf_config).__name__} refuses them: {error}") from error

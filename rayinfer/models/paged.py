@@ -74,8 +74,9 @@ class PagedLayer:
 class _Recorder:
     """Stands in for the attention of one module in a first forward, and notes what is asked for."""
 
-    def __init__(self, calls: list[tuple[nn.Module, LayerSpec]]):
-        self.calls = calls
+    def __init__(self) -> None:
+        self.calls: list[tuple[nn.Module, LayerSpec]] = []
+        self.seen: list[torch.Tensor] = []  # queries and keys
 
     def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         module = kwargs.pop("module")
@@ -111,6 +112,7 @@ class _Recorder:
             softcap=softcap or None,
         )
         self.calls.append((module, spec))
+        self.seen += [query, key]
         return query.new_zeros(query.shape).transpose(1, 2)
 
 
@@ -138,41 +140,53 @@ def discover(module: nn.Module) -> PagedState:
     Raises:
         UnsupportedModelError: naming the class and what about its attention is not supported.
     """
-    calls: list[tuple[nn.Module, LayerSpec]] = []
-    modules = list(module.modules())
-    recorder = _Recorder(calls)
-    for part in modules:
-        part.paged = recorder  # type: ignore[assignment]
+    name, text = type(module).__name__, module.config.get_text_config()  # type: ignore[operator, union-attr]
     device = next(module.parameters()).device
-    tokens = torch.zeros((1, 2), dtype=torch.int64, device=device)
-    try:
-        module(input_ids=tokens, position_ids=torch.arange(2, device=device)[None], use_cache=False)
-    finally:
-        for part in modules:
-            del part.paged
-    config = module.config.get_text_config()  # type: ignore[operator, union-attr]
-    _check_layers(type(module).__name__, config, [spec for _, spec in calls])
-    state = PagedState([spec for _, spec in calls])
-    for part, spec in calls:
+    inputs = {"input_ids": torch.arange(2, device=device)[None] + text.vocab_size // 2, "use_cache": False}
+    recorder = _record(module, inputs | {"position_ids": torch.arange(2, device=device)[None]})
+    specs = [spec for _, spec in recorder.calls]
+    _check_specs(name, text, specs)
+    if device.type != "meta":
+        own = _record(module, inputs)  # with the positions that the model itself gives to a row's first tokens
+        if not all(map(torch.allclose, recorder.seen, own.seen)):
+            raise UnsupportedModelError(f"{name} numbers positions in a way of its own, which is not supported")
+    state = PagedState(specs)
+    for part, spec in recorder.calls:
         part.paged = PagedLayer(state, spec.layer)  # type: ignore[assignment]
     return state
 
 
-def _check_layers(name: str, config: Any, specs: list[LayerSpec]) -> None:
+def _record(module: nn.Module, inputs: dict[str, Any]) -> _Recorder:
+    recorder, parts = _Recorder(), list(module.modules())
+    for part in parts:
+        part.paged = recorder  # type: ignore[assignment]
+    try:
+        module(**inputs)
+    finally:
+        for part in parts:
+            del part.paged
+    return recorder
+
+
+def check_config(name: str, text: Any) -> None:
+    """Refuse what the config alone shows: layers of other kinds than causal softmax attention of their own."""
+    kinds = set(getattr(text, "layer_types", None) or ())
+    if not kinds and getattr(text, "attention_chunk_size", None):
+        kinds = {"chunked_attention"}
+    if strange := sorted(kinds - {"full_attention", "sliding_attention"}):
+        raise UnsupportedModelError(f"{name} has layers of kind {', '.join(strange)}; {WAY_OUT}")
+    if getattr(text, "num_kv_shared_layers", None):
+        raise UnsupportedModelError(f"{name} shares keys and values between layers; {WAY_OUT}")
+
+
+def _check_specs(name: str, text: Any, specs: list[LayerSpec]) -> None:
     """Compare the attention that was seen with what the config promises."""
-    num_layers = config.num_hidden_layers
-    if len(specs) != num_layers:
+    if len(specs) != text.num_hidden_layers:
         raise UnsupportedModelError(
-            f"{name}: {len(specs)} of {num_layers} layers route their attention through transformers' "
+            f"{name}: {len(specs)} of {text.num_hidden_layers} layers route their attention through transformers' "
             f"AttentionInterface; {WAY_OUT}"
         )
-    if getattr(config, "num_kv_shared_layers", None):
-        raise UnsupportedModelError(f"{name} shares keys and values between layers; {WAY_OUT}")
-    kinds = getattr(config, "layer_types", None) or []
-    strange = sorted(set(kinds) - {"full_attention", "sliding_attention"})
-    if strange or (getattr(config, "attention_chunk_size", None) and not kinds):
-        raise UnsupportedModelError(f"{name} has layers of kind {', '.join(strange) or 'chunked_attention'}; {WAY_OUT}")
-    for spec, kind in zip(specs, kinds, strict=False):
+    for spec, kind in zip(specs, getattr(text, "layer_types", None) or (), strict=False):
         if (kind == "sliding_attention") != (spec.sliding_window is not None):
             raise UnsupportedModelError(
                 f"{name}: layer {spec.layer} is {kind} by its config, but asks its attention for "

@@ -47,6 +47,22 @@ FAMILIES = {
         },
         True,
     ),
+    "gemma3_vision": (
+        "gemma3",
+        {
+            "text_config": {**SHAPE, "sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]},
+            "vision_config": {
+                "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+                "image_size": 16, "patch_size": 8,
+            },
+            "mm_tokens_per_image": 4, "image_token_index": 96,
+        },
+        True,
+    ),
+    "gpt2": ("gpt2", {}, False),
+    "opt": ("opt", {"ffn_dim": 80, "word_embed_proj_dim": 48}, False),
+    "granite": ("granite", {"logits_scaling": 2.0, "attention_multiplier": 0.3, "embedding_multiplier": 3.0}, False),
+    "qwen3_moe": ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}, False),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0]}, False),
     "gemma2": ("gemma2", {"sliding_window": 7, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0}, False),
     "phi3": ("phi3", {"sliding_window": 7}, False),

@@ -22,8 +22,9 @@ class Pair:
 
     def __init__(self, family):
         self.original = family.reference()
-        self.config = self.original.config
-        self.gemma = FUSED[f"{type(self.original.model).__module__}.{type(self.original.model).__qualname__}"]
+        self.decoder = getattr(self.original.model, "language_model", self.original.model)
+        self.config = self.decoder.config
+        self.gemma = FUSED[f"{type(self.decoder).__module__}.{type(self.decoder).__qualname__}"]
         module = copy.deepcopy(self.original)
         module.set_attn_implementation(ATTENTION)
         state = discover(module)
@@ -40,14 +41,15 @@ class Pair:
             max_seq_len=T,
             max_query_len=T,
         )
-        self.layers, self.specs = module.model.layers, state.specs
+        self.layers = getattr(module.model, "language_model", module.model).layers
+        self.specs = state.specs
         kind = getattr(self.config, "hidden_activation", None) or self.config.hidden_act
         self.kind = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}[kind]
 
     def inputs(self, layer: int) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
         """Random hidden states [1, T, C], the original's (cos, sin), and the layer's additive mask."""
         x = torch.randn(1, T, self.config.hidden_size, generator=torch.Generator().manual_seed(layer))
-        rotary = self.original.model.rotary_emb
+        rotary = self.decoder.rotary_emb
         kinds = [self.config.layer_types[layer]] if isinstance(rotary.rope_type, dict) else []
         seen = torch.ones(T, T, dtype=torch.bool).tril()
         if self.specs[layer].sliding_window is not None:
@@ -63,7 +65,7 @@ def pair(fused_family) -> Pair:
 
 @torch.inference_mode()
 def test_attention_block(pair):
-    for i, layer in enumerate(pair.original.model.layers):
+    for i, layer in enumerate(pair.decoder.layers):
         x, (cos, sin), mask = pair.inputs(i)
         expected = layer.self_attn(x, position_embeddings=(cos, sin), attention_mask=mask)[0]
         swapped = FusedAttention(pair.layers[i].self_attn, pair.gemma)
@@ -73,7 +75,7 @@ def test_attention_block(pair):
 @torch.inference_mode()
 def test_mlp_block(pair):
     x, _, _ = pair.inputs(0)
-    expected = pair.original.model.layers[0].mlp(x)
+    expected = pair.decoder.layers[0].mlp(x)
     swapped = FusedMLP(pair.layers[0].mlp, pair.kind)
     torch.testing.assert_close(swapped(x[0]), expected[0], rtol=1e-5, atol=2e-6)
 
@@ -81,7 +83,7 @@ def test_mlp_block(pair):
 @torch.inference_mode()
 def test_decoder_layer(pair):
     """With a residual that is still to be added, and without one (the first layer)."""
-    for i, layer in enumerate(pair.original.model.layers):
+    for i, layer in enumerate(pair.decoder.layers):
         x, (cos, sin), mask = pair.inputs(i)
         expected = layer(x, position_embeddings=(cos, sin), attention_mask=mask)[0]
         swapped = FusedLayer(pair.layers[i], pair.gemma, pair.kind)
