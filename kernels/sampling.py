@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 _BLOCK = 4096  # lanes, and the most tokens that are copied aside
-_FLOOR = tl.constexpr(-1.0e30)
+_FLOOR = tl.constexpr(-3.0e38)
 
 
 @triton.jit
@@ -38,14 +38,12 @@ def _gumbel(state, token_L):
 def _key(x):
     """uint32 in the order of the floats; -0 and 0 are equal."""
     bits = (x + 0.0).to(tl.uint32, bitcast=True)
-    return tl.where((bits >> 31) != 0, ~bits, bits | 0x80000000)
+    return bits ^ tl.where((bits >> 31) != 0, 0xFFFFFFFF, 0x80000000).to(tl.uint32)
 
 
 @triton.jit
-def _draw(
-    x_ptr, id_ptr, num, temperature, tau, floor, state, NOISE: tl.constexpr, IDS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Argmax of logit / temperature + noise where key >= tau and logit / temperature >= floor; lowest id on ties.
+def _draw(x_ptr, id_ptr, num, inverse, tau, floor, state, NOISE: tl.constexpr, IDS: tl.constexpr, BLOCK: tl.constexpr):
+    """Argmax of logit * inverse + noise where key >= tau and logit * inverse >= floor; lowest id on ties.
 
     Returns the token, or -1 where a value is NaN or the best is not finite.
     """
@@ -60,7 +58,7 @@ def _draw(
         if IDS:
             at_L = tl.load(id_ptr + at_L, mask=at_L < num, other=0)
         if NOISE:
-            x_L = tl.div_rn(x_L, temperature)
+            x_L = x_L * inverse
             keep_L = (_key(x_L) >= tau) & (x_L >= floor)
             x_L = tl.where(keep_L, x_L + _gumbel(state, at_L), float("-inf"))
         better_L = x_L > best_L
@@ -73,26 +71,26 @@ def _draw(
 
 
 @triton.jit
-def _tally(x_ptr, num, temperature, top, tau, MASS: tl.constexpr, BLOCK: tl.constexpr):
-    """Number of values with key >= tau, or (MASS) the sum of their exp(x / temperature - top)."""
+def _tally(x_ptr, num, inverse, top, tau, MASS: tl.constexpr, BLOCK: tl.constexpr):
+    """Number of values with key >= tau, or (MASS) the sum of their exp(x * inverse - top)."""
     lane_L = tl.arange(0, BLOCK)
     total_L = tl.zeros([BLOCK], tl.float32)
     for start in tl.range(0, num, BLOCK, num_stages=3):
         at_L = start + lane_L
         x_L = tl.load(x_ptr + at_L, mask=at_L < num, other=float("-inf")).to(tl.float32)
-        x_L = tl.div_rn(x_L, temperature)
+        x_L = x_L * inverse
         weight_L = tl.exp(x_L - top) if MASS else 1.0
         total_L += tl.where((at_L < num) & (_key(x_L) >= tau), weight_L, 0.0)
     return tl.sum(total_L, 0)
 
 
 @triton.jit
-def _threshold(x_ptr, num, temperature, top, low, goal, MASS: tl.constexpr, BLOCK: tl.constexpr):
+def _threshold(x_ptr, num, inverse, top, low, goal, MASS: tl.constexpr, BLOCK: tl.constexpr):
     """The largest key whose tally reaches the goal; `low` is one that does."""
     high = _key(top) + 1
     while high - low > 1:
         middle = low + ((high - low) >> 1)
-        tally = _tally(x_ptr, num, temperature, top, middle, MASS, BLOCK)
+        tally = _tally(x_ptr, num, inverse, top, middle, MASS, BLOCK)
         low = tl.where(tally >= goal, middle, low)
         high = tl.where(tally >= goal, high, middle)
         if not MASS:
@@ -102,16 +100,16 @@ def _threshold(x_ptr, num, temperature, top, low, goal, MASS: tl.constexpr, BLOC
 
 @triton.jit
 def _filter_and_draw(
-    x_ptr, id_ptr, num, temperature, top, low, top_k, top_p, mass, floor, state, IDS: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr, id_ptr, num, inverse, top, low, top_k, top_p, mass, floor, state, IDS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Top-k (0: off), then top-p (1: off) over what it left, then the draw."""
     tau = low
     if top_k > 0:
-        tau = _threshold(x_ptr, num, temperature, top, tau, top_k.to(tl.float32), False, BLOCK)
-        mass = _tally(x_ptr, num, temperature, top, tau, True, BLOCK)
+        tau = _threshold(x_ptr, num, inverse, top, tau, top_k.to(tl.float32), False, BLOCK)
+        mass = _tally(x_ptr, num, inverse, top, tau, True, BLOCK)
     if top_p < 1:
-        tau = _threshold(x_ptr, num, temperature, top, tau, top_p * mass, True, BLOCK)
-    return _draw(x_ptr, id_ptr, num, temperature, tau, floor, state, True, IDS, BLOCK)
+        tau = _threshold(x_ptr, num, inverse, top, tau, top_p * mass, True, BLOCK)
+    return _draw(x_ptr, id_ptr, num, inverse, tau, floor, state, True, IDS, BLOCK)
 
 
 @triton.jit
@@ -133,6 +131,7 @@ def _sample_kernel(
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride
     temperature = tl.load(temperature_ptr + row).to(tl.float32)
+    inverse = 1 / tl.maximum(temperature, 1e-30)  # of a temperature so small that its draw is the likeliest token
     top_k = tl.load(top_k_ptr + row).to(tl.int32)
     top_k = tl.where(top_k < num_tokens, tl.maximum(top_k, 0), 0)
     top_p = tl.load(top_p_ptr + row).to(tl.float32)
@@ -147,7 +146,7 @@ def _sample_kernel(
     if temperature == 0:
         token = _draw(logits_ptr, id_ptr, num_tokens, 1.0, low, floor, state, False, False, BLOCK)
     elif (top_k == 0) & (top_p >= 1) & (min_p <= 0):
-        token = _draw(logits_ptr, id_ptr, num_tokens, temperature, low, floor, state, True, False, BLOCK)
+        token = _draw(logits_ptr, id_ptr, num_tokens, inverse, low, floor, state, True, False, BLOCK)
     else:
         lane_L = tl.arange(0, BLOCK)
         max_L = tl.full([BLOCK], _FLOOR, tl.float32)
@@ -157,7 +156,7 @@ def _sample_kernel(
             at_L = start + lane_L
             x_L = tl.load(logits_ptr + at_L, mask=at_L < num_tokens, other=float("-inf")).to(tl.float32)
             nan_L |= (x_L != x_L).to(tl.int32)
-            x_L = tl.div_rn(x_L, temperature)
+            x_L = x_L * inverse
             new_L = tl.maximum(max_L, x_L)
             sum_L = sum_L * tl.exp(max_L - new_L) + tl.exp(x_L - new_L)
             max_L = new_L
@@ -188,7 +187,7 @@ def _sample_kernel(
                     for start in tl.range(0, num_tokens, BLOCK, num_stages=3):
                         at_L = start + lane_L
                         x_L = tl.load(logits_ptr + at_L, mask=at_L < num_tokens, other=float("-inf")).to(tl.float32)
-                        hit_L = ((at_L < num_tokens) & (_key(tl.div_rn(x_L, temperature)) >= low)).to(tl.int32)
+                        hit_L = ((at_L < num_tokens) & (_key(x_L * inverse) >= low)).to(tl.int32)
                         num_hits = tl.sum(hit_L, 0)
                         if num_hits > 0:
                             to_L = num_aside + tl.cumsum(hit_L, 0) - 1
@@ -202,7 +201,7 @@ def _sample_kernel(
                     aside_ptr + row * BLOCK,
                     id_ptr + row * BLOCK,
                     num_aside,
-                    temperature,
+                    inverse,
                     top,
                     low,
                     top_k,
@@ -218,7 +217,7 @@ def _sample_kernel(
                     logits_ptr,
                     id_ptr,
                     num_tokens,
-                    temperature,
+                    inverse,
                     top,
                     low,
                     top_k,
