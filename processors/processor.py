@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
-import ray
 from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
 
 from rayinfer.config import EngineConfig
 from rayinfer.errors import ConfigError
 from rayinfer.processors.config import Concurrency, EngineProcessorConfig, bounds
 from rayinfer.processors.llm_processor import LLMProcessor
-from rayinfer.processors.ray_compat import map_blocks
+from rayinfer.processors.ray_compat import cluster_resources, map_blocks
 from rayinfer.processors.stages import Prepare, RowFunction, finish
 
 
@@ -78,8 +77,10 @@ class Processor:
         model_kwargs = engine.model_dump(exclude_unset=True)
         template = {"chat_template": config.chat_template, "chat_template_kwargs": config.chat_template_kwargs}
 
-        prepare_kwargs = {"num_cpus": prepare_cpus} | self.preprocess_map_kwargs
-        prepare_pool = prepare_kwargs.pop("concurrency", config.tokenizer_concurrency)
+        prepare_kwargs: dict[str, Any] = {"num_cpus": prepare_cpus} | self.preprocess_map_kwargs
+        prepare_kwargs.setdefault(
+            "compute", actor_pool(prepare_kwargs.pop("concurrency", config.tokenizer_concurrency))
+        )
         dataset = dataset.map_batches(
             Prepare,
             fn_constructor_kwargs={
@@ -92,9 +93,9 @@ class Processor:
             },
             batch_size=4 * batch_size,
             batch_format="pyarrow",
-            **{"compute": actor_pool(prepare_pool)} | prepare_kwargs,
+            **prepare_kwargs,
         )
-        placement = {"accelerator_type": config.accelerator_type, "runtime_env": config.runtime_env}
+        placement: dict[str, Any] = {"accelerator_type": config.accelerator_type, "runtime_env": config.runtime_env}
         dataset = map_blocks(
             dataset,
             LLMProcessor,
@@ -119,7 +120,7 @@ class Processor:
         if "concurrency" in finish_kwargs:
             finish_kwargs["compute"] = TaskPoolStrategy(size=bounds(finish_kwargs.pop("concurrency"))[1])
         return dataset.map_batches(
-            finish,
+            cast(Any, finish),
             fn_kwargs={"postprocess": self.postprocess, "on_error": config.on_error},
             batch_size=num_seqs,  # rows that end in the time that one row takes: blocks neither tiny nor late
             batch_format="pyarrow",
@@ -133,7 +134,7 @@ class Processor:
         without a word, so one CPU is left: by taking less, or by refusing what the user asked for.
         """
         config = self.config
-        cluster = ray.cluster_resources()
+        cluster = cluster_resources()
         total_cpus, total_gpus = cluster.get("CPU", 0.0), cluster.get("GPU", 0.0)
         device = config.engine_kwargs.get("device", "auto")
         num_gpus = config.num_gpus

@@ -70,7 +70,16 @@ def task_attempt() -> int:
     """1 in a task's first run, 2 when Ray runs it again after a worker or node was lost; 1 outside of Ray."""
     if not ray.is_initialized():
         return 1
-    return ray._private.worker.global_worker.core_worker.get_current_task_attempt_number() + 1
+    worker: Any = ray._private.worker.global_worker
+    return worker.core_worker.get_current_task_attempt_number() + 1
+
+
+def cluster_resources() -> dict[str, float]:
+    """What the cluster has, or what its autoscaler may grow it to where that is more. Starts Ray if none runs."""
+    if not ray.is_initialized():
+        ray.init()
+    most = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    return {key: max(value, most.get(key, 0)) for key, value in ({**most, **ray.cluster_resources()}).items()}
 
 
 def register_with_ray_data_llm(config_type: type, builder: Callable[..., Any]) -> None:
