@@ -21,7 +21,7 @@ install: $(STAMP)
 # torch is named in the first pip call: alone in the resolver's hands it would bring a build of several GB.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0 -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt torch==2.13.0 -e '.[dev]'
 	touch $@
 
 fetch: $(STAMP)
