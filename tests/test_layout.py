@@ -23,6 +23,9 @@ MUST_NOT = {
     "pipelines": set(),
 }
 
+# Ray's core is told to be quiet by a variable, and in no other way. Nothing of ours is configured so.
+MAY_USE_ENVIRONMENT = {"pipelines/run.py"}
+
 
 def python_files(folder: Path) -> list[Path]:
     """Python files below `folder`, not through the symlinks that give the rooms their import names."""
@@ -168,6 +171,8 @@ def test_importing_the_engine_brings_no_ray():
 def test_no_environment_variable_configures_the_code():
     wrong = []
     for path in (path for room in ROOMS for path in python_files(ROOT / room)):
+        if str(path.relative_to(ROOT)) in MAY_USE_ENVIRONMENT:
+            continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             name = node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", None)
             if name in ("environ", "environb", "getenv"):
