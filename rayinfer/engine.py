@@ -135,6 +135,7 @@ class Engine:
             seed=params.seed if params.seed is not None else self._row_seed(),
             stop_token_ids=frozenset(eos) | frozenset(params.stop_token_ids),
             max_total_tokens=num_prompt + min(params.max_tokens or most, most),
+            prompt_logprobs=[None],  # nothing comes before the first token
         )
         self._requests[request_id] = request
         self.scheduler.add(request)
@@ -236,15 +237,14 @@ class Engine:
         """Give prompt log-probabilities to the rows whose chunks they belong to."""
         if tops is None:
             return
-        plan, row, end = step.plan, -1, 0
+        plan, row, first, end = step.plan, -1, 0, 0
         for number, (token_index, target) in enumerate(plan.prompt_targets.tolist()):
             while token_index >= end:
-                row += 1
+                row, first = row + 1, end
                 end += int(plan.num_new[row])
             request = step.rows[row]
-            if not request.prompt_logprobs:
-                request.prompt_logprobs.append(None)  # nothing comes before the first token
-            if len(request.prompt_logprobs) < request.num_prompt_tokens:  # a preempted row computes some again
+            position = int(plan.starts[row]) + token_index - first + 1
+            if position == len(request.prompt_logprobs):  # a preempted row computes some again
                 num_top = request.params.prompt_logprobs or 0
                 request.prompt_logprobs.append(self._logprob_entry(tops, number, target, num_top))
 
