@@ -37,7 +37,11 @@ def _triton_ops() -> Ops:
     return Ops(rms_norm.rms_norm, rms_norm.add_rms_norm, act_mul.act_mul, rope_kv.qk_norm_rope_write, rope_kv.write_kv)
 
 
-_ACT = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
+_ACT: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
 ACT_KINDS = tuple(_ACT)
 
 

@@ -168,7 +168,7 @@ def _check_architecture(config: EngineConfig, hf_config: PreTrainedConfig) -> st
         raise UnsupportedModelError(
             f"model_type {kind!r} ({type(hf_config).__name__}) is not a causal language model; {WAY_OUT}"
         )
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)]
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)]
     if not model_class._supports_attention_backend:
         raise UnsupportedModelError(
             f"{model_class.__name__} does not route its attention through transformers' AttentionInterface; {WAY_OUT}"
@@ -228,8 +228,10 @@ def _from_config(config: EngineConfig, hf_config: PreTrainedConfig, dtype: torch
 def _pretrained(
     config: EngineConfig, source: Source, hf_config: PreTrainedConfig, dtype: torch.dtype, device: torch.device
 ) -> nn.Module:
+    if source.gguf_file:
+        _keep_gguf_names()
     try:
-        module, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.path,
             config=hf_config,
             dtype=dtype,
@@ -244,6 +246,7 @@ def _pretrained(
         raise
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"model = {config.model!r}: cannot be loaded: {error}") from error
+    module, report = loaded
     if report["missing_keys"] or report["mismatched_keys"]:
         names = sorted(str(key) for key in (report["missing_keys"] or report["mismatched_keys"]))
         raise ConfigError(
@@ -251,6 +254,15 @@ def _pretrained(
             f"missing or of another shape, {names[0]} first"
         )
     return module
+
+
+def _keep_gguf_names() -> None:
+    """transformers asks for the same table of GGUF names for each module of the tree, and making it takes longer than
+    reading the file: make it once a process."""
+    import gguf
+
+    if not hasattr(gguf.get_tensor_name_map, "cache_info"):
+        gguf.get_tensor_name_map = functools.cache(gguf.get_tensor_name_map)
 
 
 def _dummy(config: EngineConfig, hf_config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> nn.Module:

@@ -8,6 +8,7 @@ import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rayinfer.errors import ConfigError
 
@@ -28,7 +29,7 @@ class Source:
     def local(self) -> bool:
         return os.path.isdir(self.path)
 
-    def hub_kwargs(self) -> dict[str, str]:
+    def hub_kwargs(self) -> dict[str, Any]:
         """Keyword arguments that transformers' from_pretrained wants beside the path."""
         kwargs = {"gguf_file": self.gguf_file, "revision": None if self.local else self.revision}
         return {key: value for key, value in kwargs.items() if value is not None}
