@@ -62,11 +62,11 @@ def without(table: pa.Table, names: Iterable[str]) -> pa.Table:
 def output_row(result: RequestOutput | RowError, attempt: int) -> dict[str, Any]:
     """Values of the OUTPUT columns of one row; all but the finish reason and the error are None in a failed one."""
     if isinstance(result, RowError):  # it never reached the engine
-        error = {"error_type": str(result.type), "error_message": str(result)}
-        return {"finish_reason": "error", "attempts": 0, **error}
+        error = (str(result.type), str(result))
+        return dict(zip(ERROR_COLUMNS, error, strict=True)) | {"finish_reason": "error", "attempts": 0}
     if result.error_type is not None:
-        error = {"error_type": result.error_type, "error_message": result.error_message}
-        return {"finish_reason": "error", "attempts": attempt, **error}
+        failed = (result.error_type, result.error_message)
+        return dict(zip(ERROR_COLUMNS, failed, strict=True)) | {"finish_reason": "error", "attempts": attempt}
     completion = result.outputs[0]
     return {
         "generated_text": completion.text,
@@ -86,8 +86,9 @@ def _logprobs(positions: Sequence[Mapping[int, Logprob] | None] | None) -> list[
     if positions is None:
         return None
     return [
-        position
-        and [
+        None
+        if position is None
+        else [
             {"token_id": id, "logprob": entry.logprob, "rank": entry.rank, "token": entry.decoded_token}
             for id, entry in position.items()
         ]

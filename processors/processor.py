@@ -95,6 +95,7 @@ class Processor:
             batch_format="pyarrow",
             **prepare_kwargs,
         )
+        low, high = bounds(config.concurrency)
         placement: dict[str, Any] = {"accelerator_type": config.accelerator_type, "runtime_env": config.runtime_env}
         dataset = map_blocks(
             dataset,
@@ -109,7 +110,8 @@ class Processor:
             batch_format="pyarrow",
             compute=actor_pool(
                 config.concurrency,
-                max_tasks_in_flight_per_actor=num_calls + 2,
+                # Ray grows a pool only when its actors have near twice the calls that they can run, its default.
+                max_tasks_in_flight_per_actor=num_calls + 2 if low == high else None,
                 max_concurrent_calls_per_actor=num_calls,
             ),
             num_cpus=num_cpus,
