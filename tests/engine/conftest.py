@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from rayinfer import LLM
-from tests.engine.tiny import FAMILIES, Reference, check_idle, save_model
+from tests.engine.tiny import FAMILIES, Reference, save_model
 
 MERGES = [("t", "h"), ("th", "e"), ("e", "n"), ("en", "d"), ("Ġ", "the"), ("Ċ", "Ċ"), ("Ã", "©")]
 
@@ -47,6 +47,16 @@ def make_llm(folder_of):
     yield make
     for llm in made:
         check_idle(llm)
+
+
+def check_idle(llm: LLM) -> None:
+    """Nothing runs and every block is free."""
+    engine = llm.engine
+    assert not engine.has_work
+    assert not engine.scheduler.has_work
+    engine.pool.check_integrity([])
+    assert engine.pool.num_free == engine.pool.num_blocks - 1
+    assert engine.pool.usage == 0
 
 
 @pytest.fixture(scope="session")

@@ -6,8 +6,6 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rayinfer import LLM
-
 VOCAB, EOS, PAD = 97, 1, 0
 SHAPE = {
     "vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 6,
@@ -73,16 +71,6 @@ class Reference:
     def logprobs(self, ids: list[int]) -> torch.Tensor:
         """log_softmax [len(ids), V]: row i is what follows ids[: i + 1]."""
         return self.model(torch.tensor([ids]), use_cache=False).logits[0].float().log_softmax(-1)
-
-
-def check_idle(llm: LLM) -> None:
-    """Nothing runs and every block is free."""
-    engine = llm.engine
-    assert not engine.has_work
-    assert not engine.scheduler.has_work
-    engine.pool.check_integrity([])
-    assert engine.pool.num_free == engine.pool.num_blocks - 1
-    assert engine.pool.usage == 0
 
 
 def ids_of(outputs) -> list[list[int]]:
