@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from rayinfer.kernels.paged_tiles import FLOOR, attend_tiles, check_cache, num_processors
+from rayinfer.kernels.paged_tiles import FLOOR, attend_tiles, check_cache, num_processors, num_stages
 
 # With fewer tiles each, a program's start and the merge cost more than the tiles.
 _MIN_TILES = 2
@@ -234,7 +234,7 @@ def paged_decode(
     block_n = min(128, max(16, 16384 // (block_d * q_BHD.element_size())))
     split = num_programs != 0
     if num_programs is None:
-        num_programs = num_processors(q_BHD.device) * 2
+        num_programs = 3 * num_processors(q_BHD.device)  # as many as fit at once, by registers and by shared memory
     if not split:
         num_programs = num_rows * num_kv_heads
     num_parts = 2 * num_programs if split else 0
@@ -275,7 +275,7 @@ def paged_decode(
         BLOCK_N=block_n,
         BLOCK_D=block_d,
         num_warps=4,
-        num_stages=3,
+        num_stages=num_stages(),
     )
     if split:
         _merge_kernel[(num_programs, group)](

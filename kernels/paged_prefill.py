@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from rayinfer.kernels.paged_tiles import FLOOR, attend_tiles, check_cache
+from rayinfer.kernels.paged_tiles import FLOOR, attend_tiles, check_cache, num_stages
 
 
 @triton.jit
@@ -178,11 +178,9 @@ def paged_prefill(
         return out_THD
     block_d = max(16, triton.next_power_of_2(head_dim))
     if q_THD.element_size() == 4:
-        block_m, block_n, num_warps, num_stages = 64, 32, 4, 2
-    elif block_d > 128:
-        block_m, block_n, num_warps, num_stages = 128, 32, 8, 2
+        block_m, block_n, num_warps = max(32, triton.next_power_of_2(group)), 32, 4
     else:
-        block_m, block_n, num_warps, num_stages = 128, 64, 8, 3
+        block_m, block_n, num_warps = 128, 32 if block_d > 128 else 64, 8
     num_tiles = triton.cdiv(max_query_len, block_m // group)
     _prefill_kernel[(num_tiles, num_kv_heads, num_rows)](
         q_THD,
@@ -210,6 +208,6 @@ def paged_prefill(
         BLOCK_N=block_n,
         BLOCK_D=block_d,
         num_warps=num_warps,
-        num_stages=num_stages,
+        num_stages=num_stages(),
     )
     return out_THD

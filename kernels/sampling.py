@@ -1,10 +1,10 @@
 """Sampling, one program a row, without a sort: a filter is a threshold, found by bisection over integer keys.
 
-The keys order floats as unsigned integers. A first pass bounds the threshold from below by the maxima of BLOCK lanes (k
+The keys order floats as unsigned integers. A first pass bounds the threshold from below by the maxima of L lanes (k
 distinct tokens reach the k-th largest maximum, so the threshold is no lower); the few tokens above the bound are
 copied aside, and the search runs on them. Rows too flat for that are searched in place, at more passes over the row.
 
-Legend: R rows, V tokens of the vocabulary, L = BLOCK lanes.
+Legend: R rows, V tokens of the vocabulary, L lanes, each a stride through the row.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-_BLOCK = 4096  # lanes, and the most tokens that are copied aside
+_BLOCK = 4096  # lanes
+_ASIDE = 4096  # the most tokens of a row that are copied aside
 _FLOOR = tl.constexpr(-3.0e38)
 
 
@@ -42,8 +43,8 @@ def _key(x):
 
 
 @triton.jit
-def _draw(x_ptr, id_ptr, num, inverse, tau, floor, state, NOISE: tl.constexpr, IDS: tl.constexpr, BLOCK: tl.constexpr):
-    """Argmax of logit * inverse + noise where key >= tau and logit * inverse >= floor; lowest id on ties.
+def _draw(x_ptr, id_ptr, num, inverse, tau, floor, state, noisy, has_ids, BLOCK: tl.constexpr):
+    """Argmax of x, or if noisy of x * inverse + noise where key >= tau and x * inverse >= floor; lowest id on ties.
 
     Returns the token, or -1 where a value is NaN or the best is not finite.
     """
@@ -55,9 +56,9 @@ def _draw(x_ptr, id_ptr, num, inverse, tau, floor, state, NOISE: tl.constexpr, I
         at_L = start + lane_L
         x_L = tl.load(x_ptr + at_L, mask=at_L < num, other=float("-inf")).to(tl.float32)
         nan_L |= (x_L != x_L).to(tl.int32)
-        if IDS:
+        if has_ids:
             at_L = tl.load(id_ptr + at_L, mask=at_L < num, other=0)
-        if NOISE:
+        if noisy:
             x_L = x_L * inverse
             keep_L = (_key(x_L) >= tau) & (x_L >= floor)
             x_L = tl.where(keep_L, x_L + _gumbel(state, at_L), float("-inf"))
@@ -77,8 +78,7 @@ def _tally(x_ptr, num, inverse, top, tau, MASS: tl.constexpr, BLOCK: tl.constexp
     total_L = tl.zeros([BLOCK], tl.float32)
     for start in tl.range(0, num, BLOCK, num_stages=3):
         at_L = start + lane_L
-        x_L = tl.load(x_ptr + at_L, mask=at_L < num, other=float("-inf")).to(tl.float32)
-        x_L = x_L * inverse
+        x_L = tl.load(x_ptr + at_L, mask=at_L < num, other=float("-inf")).to(tl.float32) * inverse
         weight_L = tl.exp(x_L - top) if MASS else 1.0
         total_L += tl.where((at_L < num) & (_key(x_L) >= tau), weight_L, 0.0)
     return tl.sum(total_L, 0)
@@ -99,17 +99,37 @@ def _threshold(x_ptr, num, inverse, top, low, goal, MASS: tl.constexpr, BLOCK: t
 
 
 @triton.jit
-def _filter_and_draw(
-    x_ptr, id_ptr, num, inverse, top, low, top_k, top_p, mass, floor, state, IDS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Top-k (0: off), then top-p (1: off) over what it left, then the draw."""
-    tau = low
-    if top_k > 0:
-        tau = _threshold(x_ptr, num, inverse, top, tau, top_k.to(tl.float32), False, BLOCK)
-        mass = _tally(x_ptr, num, inverse, top, tau, True, BLOCK)
-    if top_p < 1:
-        tau = _threshold(x_ptr, num, inverse, top, tau, top_p * mass, True, BLOCK)
-    return _draw(x_ptr, id_ptr, num, inverse, tau, floor, state, True, IDS, BLOCK)
+def _lane_bound(max_L, weight_L, top, goal):
+    """A key, not far below the largest, that lanes of enough weight reach; all lanes together must reach the goal."""
+    key_L = _key(max_L)
+    low = tl.min(key_L, 0)
+    high = _key(top) + 1
+    for _ in range(16):
+        middle = low + ((high - low) >> 1)
+        enough = tl.sum(tl.where(key_L >= middle, weight_L, 0.0), 0) >= goal
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle)
+    return low
+
+
+@triton.jit
+def _put_aside(x_ptr, num, inverse, low, aside_ptr, id_ptr, ASIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """Copy values with key >= low, and their ids, in order; return how many there are. Only ASIDE of them fit."""
+    lane_L = tl.arange(0, BLOCK)
+    num_aside = 0
+    for start in tl.range(0, num, BLOCK, num_stages=3):
+        at_L = start + lane_L
+        x_L = tl.load(x_ptr + at_L, mask=at_L < num, other=float("-inf"))
+        hit_L = ((at_L < num) & (_key(x_L.to(tl.float32) * inverse) >= low)).to(tl.int32)
+        num_hits = tl.sum(hit_L, 0)
+        if num_hits > 0:
+            to_L = num_aside + tl.cumsum(hit_L, 0) - 1
+            fits_L = (hit_L > 0) & (to_L < ASIDE)
+            tl.store(aside_ptr + to_L, x_L, mask=fits_L)
+            tl.store(id_ptr + to_L, at_L, mask=fits_L)
+        num_aside += num_hits
+    tl.debug_barrier()  # what one thread stored, others read
+    return num_aside
 
 
 @triton.jit
@@ -126,108 +146,62 @@ def _sample_kernel(
     token_ptr,
     stride,
     num_tokens,
+    ASIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    logits_ptr += row * stride
+    x_ptr = logits_ptr + row * stride
+    aside_ptr += row * ASIDE
+    id_ptr += row * ASIDE
+    num = num_tokens
     temperature = tl.load(temperature_ptr + row).to(tl.float32)
     inverse = 1 / tl.maximum(temperature, 1e-30)  # of a temperature so small that its draw is the likeliest token
     top_k = tl.load(top_k_ptr + row).to(tl.int32)
     top_k = tl.where(top_k < num_tokens, tl.maximum(top_k, 0), 0)
     top_p = tl.load(top_p_ptr + row).to(tl.float32)
     min_p = tl.load(min_p_ptr + row).to(tl.float32)
-    seed = tl.load(seed_ptr + row)
-    state = tl.load(position_ptr + row).to(tl.uint32) + 0x9E3779B9
-    state = _mix((seed & 0xFFFFFFFF).to(tl.uint32) ^ _mix(state))
-    state = _mix(state ^ ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32))
-    low = tl.zeros([], tl.uint32)
+    tau = tl.zeros([], tl.uint32)
     floor = float("-inf")
-
-    if temperature == 0:
-        token = _draw(logits_ptr, id_ptr, num_tokens, 1.0, low, floor, state, False, False, BLOCK)
-    elif (top_k == 0) & (top_p >= 1) & (min_p <= 0):
-        token = _draw(logits_ptr, id_ptr, num_tokens, inverse, low, floor, state, True, False, BLOCK)
-    else:
+    fits = False
+    if (temperature > 0) & ((top_k > 0) | (top_p < 1) | (min_p > 0)):
         lane_L = tl.arange(0, BLOCK)
         max_L = tl.full([BLOCK], _FLOOR, tl.float32)
         sum_L = tl.zeros([BLOCK], tl.float32)
         nan_L = tl.zeros([BLOCK], tl.int32)
-        for start in tl.range(0, num_tokens, BLOCK, num_stages=3):
+        for start in tl.range(0, num, BLOCK, num_stages=3):
             at_L = start + lane_L
-            x_L = tl.load(logits_ptr + at_L, mask=at_L < num_tokens, other=float("-inf")).to(tl.float32)
+            x_L = tl.load(x_ptr + at_L, mask=at_L < num, other=float("-inf")).to(tl.float32) * inverse
             nan_L |= (x_L != x_L).to(tl.int32)
-            x_L = x_L * inverse
             new_L = tl.maximum(max_L, x_L)
             sum_L = sum_L * tl.exp(max_L - new_L) + tl.exp(x_L - new_L)
             max_L = new_L
         top = tl.max(max_L, 0)
-        if (tl.max(nan_L, 0) > 0) | (top <= _FLOOR) | (top == float("inf")):
-            token = -1
-        else:
-            if min_p > 0:
-                floor = top + tl.log(min_p)
-            weight_L = tl.exp(max_L - top)
-            mass = tl.sum(sum_L * weight_L, 0)
-            num_aside = 0
-            bounded = False
+        # A row that is not good goes to the draw as it is, and fails there.
+        if (tl.max(nan_L, 0) == 0) & (top > _FLOOR) & (top < float("inf")):
+            floor = top + tl.where(min_p > 0, tl.log(tl.maximum(min_p, 1e-30)), float("-inf"))
             if (top_k > 0) | (top_p < 1):
                 # The lanes' maxima are values of distinct tokens: what they reach, the row reaches.
+                weight_L = tl.exp(max_L - top)
+                mass = tl.sum(sum_L * weight_L, 0)
                 weight_L = tl.where(top_k > 0, 1.0, weight_L)
                 goal = tl.where(top_k > 0, top_k.to(tl.float32), top_p * mass)
-                bounded = tl.sum(weight_L, 0) >= goal
-                if bounded:
-                    key_L = _key(max_L)
-                    low = tl.min(key_L, 0)
-                    high = _key(top) + 1
-                    for _ in range(16):
-                        middle = low + ((high - low) >> 1)
-                        enough = tl.sum(tl.where(key_L >= middle, weight_L, 0.0), 0) >= goal
-                        low = tl.where(enough, middle, low)
-                        high = tl.where(enough, high, middle)
-                    for start in tl.range(0, num_tokens, BLOCK, num_stages=3):
-                        at_L = start + lane_L
-                        x_L = tl.load(logits_ptr + at_L, mask=at_L < num_tokens, other=float("-inf")).to(tl.float32)
-                        hit_L = ((at_L < num_tokens) & (_key(x_L * inverse) >= low)).to(tl.int32)
-                        num_hits = tl.sum(hit_L, 0)
-                        if num_hits > 0:
-                            to_L = num_aside + tl.cumsum(hit_L, 0) - 1
-                            fits_L = (hit_L > 0) & (to_L < BLOCK)
-                            tl.store(aside_ptr + row * BLOCK + to_L, x_L, mask=fits_L)
-                            tl.store(id_ptr + row * BLOCK + to_L, at_L, mask=fits_L)
-                        num_aside += num_hits
-                    tl.debug_barrier()  # what one thread stored, others read
-            if bounded & (num_aside <= BLOCK):
-                token = _filter_and_draw(
-                    aside_ptr + row * BLOCK,
-                    id_ptr + row * BLOCK,
-                    num_aside,
-                    inverse,
-                    top,
-                    low,
-                    top_k,
-                    top_p,
-                    mass,
-                    floor,
-                    state,
-                    True,
-                    BLOCK,
-                )
-            else:
-                token = _filter_and_draw(
-                    logits_ptr,
-                    id_ptr,
-                    num_tokens,
-                    inverse,
-                    top,
-                    low,
-                    top_k,
-                    top_p,
-                    mass,
-                    floor,
-                    state,
-                    False,
-                    BLOCK,
-                )
+                if tl.sum(weight_L, 0) >= goal:
+                    low = _lane_bound(max_L, weight_L, top, goal)
+                    num_aside = _put_aside(x_ptr, num, inverse, low, aside_ptr, id_ptr, ASIDE, BLOCK)
+                    fits = num_aside <= ASIDE
+                    tau = tl.where(fits, low, tau)
+                    x_ptr = tl.where(fits, aside_ptr, x_ptr)
+                    num = tl.where(fits, num_aside, num)
+                if top_k > 0:
+                    tau = _threshold(x_ptr, num, inverse, top, tau, top_k.to(tl.float32), False, BLOCK)
+                    mass = _tally(x_ptr, num, inverse, top, tau, True, BLOCK)
+                if top_p < 1:
+                    tau = _threshold(x_ptr, num, inverse, top, tau, top_p * mass, True, BLOCK)
+    seed = tl.load(seed_ptr + row)
+    state = tl.load(position_ptr + row).to(tl.uint32) + 0x9E3779B9
+    state = _mix((seed & 0xFFFFFFFF).to(tl.uint32) ^ _mix(state))
+    state = _mix(state ^ ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32))
+    token = _draw(x_ptr, id_ptr, num, inverse, tau, floor, state, temperature > 0, fits, BLOCK)
     tl.store(token_ptr + row, token)
 
 
@@ -260,8 +234,8 @@ def sample(
     token_R = torch.empty(num_rows, dtype=torch.int32, device=device)
     if num_rows == 0:
         return token_R
-    aside = torch.empty(num_rows, _BLOCK, dtype=torch.float32, device=device)
-    ids = torch.empty(num_rows, _BLOCK, dtype=torch.int32, device=device)
+    aside = torch.empty(num_rows, _ASIDE, dtype=logits_RV.dtype, device=device)
+    ids = torch.empty(num_rows, _ASIDE, dtype=torch.int32, device=device)
     _sample_kernel[(num_rows,)](
         logits_RV,
         temperature_R,
@@ -275,8 +249,9 @@ def sample(
         token_R,
         logits_RV.stride(0),
         num_tokens,
+        ASIDE=_ASIDE,
         BLOCK=_BLOCK,
-        num_warps=8,
+        num_warps=16,
     )
     return token_R
 
@@ -295,5 +270,5 @@ def greedy(logits_RV: torch.Tensor) -> torch.Tensor:
     assert logits_RV.stride(1) == 1
     token_R = torch.empty(num_rows, dtype=torch.int32, device=logits_RV.device)
     if num_rows > 0:
-        _greedy_kernel[(num_rows,)](logits_RV, token_R, logits_RV.stride(0), num_tokens, BLOCK=_BLOCK, num_warps=8)
+        _greedy_kernel[(num_rows,)](logits_RV, token_R, logits_RV.stride(0), num_tokens, BLOCK=4096, num_warps=8)
     return token_R

@@ -90,13 +90,13 @@ def test_rows_do_not_depend_on_the_batch(device):
 
 
 def test_draws_follow_the_distribution(device):
-    """Total variation distance of 600 draws of one seed from the softmax; its expectation is below 0.05."""
+    """Total variation distance of 300 draws of one seed from the softmax; its expectation is below 0.07."""
     logits_V = torch.randn(8) * 2
-    num_draws = 600
+    num_draws = 300
     rows = [(0.8, 0, 1.0, 0.0, 1234, position) for position in range(num_draws)]
     tokens = _sample(logits_V.expand(num_draws, -1), rows, device).cpu()
     got_V = torch.bincount(tokens, minlength=8) / num_draws
-    assert 0.5 * (got_V - (logits_V / 0.8).softmax(-1)).abs().sum() < 0.1
+    assert 0.5 * (got_V - (logits_V / 0.8).softmax(-1)).abs().sum() < 0.12
 
 
 def test_masked_tokens_are_never_drawn(device):
