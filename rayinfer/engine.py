@@ -28,7 +28,8 @@ from rayinfer.text import final_text, find_stop_string
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_LIMITS = {"cuda": (1024, 8192), "cpu": (64, 1024)}  # max_num_seqs, max_num_batched_tokens
+DEFAULT_MAX_NUM_SEQS = {"cuda": 1024, "cpu": 64}
+DEFAULT_MAX_NUM_BATCHED_TOKENS = {"cuda": 16384, "cpu": 1024}
 
 
 @dataclass(slots=True)
@@ -62,9 +63,9 @@ class Engine:
             torch.set_num_threads(config.num_threads or _num_cores())
         self.inputs = InputProcessor(config)
         self.tokenizer = self.inputs.tokenizer
-        max_num_seqs, max_num_batched_tokens = DEFAULT_LIMITS[self.device.type]
-        self.max_num_seqs = config.max_num_seqs or max_num_seqs
-        self.max_num_batched_tokens = config.max_num_batched_tokens or max_num_batched_tokens
+        kind = self.device.type
+        self.max_num_seqs = config.max_num_seqs or DEFAULT_MAX_NUM_SEQS[kind]
+        self.max_num_batched_tokens = config.max_num_batched_tokens or DEFAULT_MAX_NUM_BATCHED_TOKENS[kind]
         self.max_model_len = self.inputs.max_model_len
         prefill, decode = (get_backend(name, self.device) for name in (config.prefill_backend, config.decode_backend))
         for spec in self.model.specs:

@@ -80,6 +80,9 @@ class Scheduler:
         self._new_rows: list[Request] = []
         # Blocks kept back when new rows come in, so that running rows seldom have to be preempted for lack of one.
         self._reserve = max(1, pool.num_blocks // 100)
+        # Once full, rows are let in again in groups: steps without prompt chunks are cheaper (one CUDA graph each).
+        self._group = max(1, max_num_seqs // 16)
+        self._full = False
 
     @property
     def has_work(self) -> bool:
@@ -163,8 +166,14 @@ class Scheduler:
 
     def _admit(self, budget: int, decodes: list[Request], chunks: list[tuple[Request, int]]) -> None:
         """Let waiting rows in while slots, blocks and budget last."""
-        while self.waiting and self._free_slots and budget > 0:
+        if self._full and self._few_free():
+            return
+        self._full = False
+        while self.waiting and budget > 0:
             request = self.waiting[0]
+            if not self._free_slots:
+                self._full = True
+                break
             if request.num_pending:
                 break  # preempted with a token still on the device: it must be read first
             # The last token is always computed: its logits are what is wanted.
@@ -175,6 +184,7 @@ class Scheduler:
             need = -(-(num_known + num_new) // self.pool.block_size) - len(known)
             reserve = self._reserve if self.running else 0
             if need + self.pool.num_free_among(known) + reserve > self.pool.num_free:
+                self._full = True
                 break
             self.waiting.popleft()
             request.slot = self._free_slots.pop()
@@ -191,7 +201,11 @@ class Scheduler:
             # Registered at once, so that the next row of this very step can share the blocks.
             self.pool.register(request, num_known + num_new)
             (decodes.append(request) if num_new == 1 else chunks.append((request, num_new)))
-        return budget
+
+    def _few_free(self) -> bool:
+        """Whether too little is free for a group of rows, while others still run."""
+        few_slots = len(self._free_slots) < min(self._group, len(self.waiting))
+        return bool(self.running) and (few_slots or self.pool.num_free < self.pool.num_blocks // 16)
 
     def _plan(self, rows: list[Request], num_new: list[int], num_decodes: int) -> StepPlan:
         """Write the step down as arrays and advance the rows' counts."""

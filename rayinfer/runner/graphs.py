@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -34,6 +34,10 @@ class DecodeGraphs:
         sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 512, 32), *range(512, max_num_seqs, 64)]
         self._sizes = sorted({min(size, max_num_seqs) for size in sizes} | {max_num_seqs})
         self._captured: dict[int, _Captured] = {}
+        # Constants that every graph reads, so they live as long as the graphs.
+        constants: dict[str, Any] = {"dtype": torch.int32, "device": runner.device}
+        self._count = torch.arange(max_num_seqs + 1, **constants)
+        self._ones = torch.ones(max_num_seqs, **constants)
         self._pool = torch.cuda.graph_pool_handle()
 
     def run(self, plan: StepPlan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -57,12 +61,10 @@ class DecodeGraphs:
         runner, device = self._runner, self._runner.device
         packed = torch.zeros(3, size, dtype=torch.int32, device=device)
         packed[1] = -1  # padding rows only: the warm-up writes no KV
-        rows = torch.arange(size, dtype=torch.int32, device=device)
-        starts_R1 = torch.arange(size + 1, dtype=torch.int32, device=device)
-        ones = torch.ones(size, dtype=torch.int32, device=device)
+        count, ones = self._count, self._ones[:size]
 
         def step() -> torch.Tensor:
-            inputs = Inputs(packed[0], packed[1], ones, starts_R1, packed[2], rows)
+            inputs = Inputs(packed[0], packed[1], ones, count[: size + 1], packed[2], count[:size])
             ids, meta = runner.prepare(inputs, num_decodes=size, max_seq_len=runner.max_model_len, max_query_len=1)
             return runner.model.forward(ids, meta, None)
 
