@@ -38,7 +38,8 @@ def sample(
     if not bool(drawn.any()):
         return greedy_R
     rows = drawn.nonzero().squeeze(1)
-    scaled_RV = logits_RV[rows].float() / temperature_R[rows, None].float()
+    inverse_R = 1 / temperature_R[rows].float().clamp(min=1e-30)  # smaller ones draw the likeliest token just as well
+    scaled_RV = logits_RV[rows].float() * inverse_R[:, None]
     keep_RV = _keep(scaled_RV, top_k_R[rows], top_p_R[rows].float(), min_p_R[rows].float())
     noisy_RV = scaled_RV + gumbel(seed_R[rows], position_R[rows], scaled_RV.shape[1])
     token_R = noisy_RV.masked_fill(~keep_RV, float("-inf")).argmax(-1).to(torch.int32)
@@ -65,15 +66,15 @@ def _keep(scaled_RV: torch.Tensor, top_k_R: torch.Tensor, top_p_R: torch.Tensor,
 def gumbel(seed_R: torch.Tensor, position_R: torch.Tensor, num_tokens: int) -> torch.Tensor:
     """Gumbel noise, float32 [R, num_tokens], from a counter-based hash of (seed, position, token).
 
-    Each stage is the 32-bit finaliser of MurmurHash3 (A. Appleby, public domain); u takes 2^23 values and is never 0
-    or 1 (with 24 bits the largest would round up to 1 in float32, and its noise would be infinite).
+    Each stage is the 32-bit finaliser of MurmurHash3 (A. Appleby, public domain). u has 24 bits and is never 0; the
+    largest rounds to 1 in float32, whose noise would be infinite, and is taken down to the float before it.
     """
     low_R, high_R = seed_R & _U32, (seed_R >> 32) & _U32
     state_R = _mix(low_R ^ _mix((position_R + 0x9E3779B9) & _U32))
     state_R = _mix(state_R ^ high_R)
     token_V = (torch.arange(num_tokens, device=seed_R.device) * 0x9E3779B1) & _U32
     x_RV = _mix(state_R[:, None] ^ token_V)
-    u_RV = ((x_RV >> 9).float() + 0.5) * 2.0**-23
+    u_RV = (((x_RV >> 8).float() + 0.5) * 2.0**-24).clamp_(max=0.99999994)
     return -torch.log(-torch.log(u_RV))
 
 
