@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -42,7 +43,7 @@ def run(
     """
     console = Console()
     errors = Console(stderr=True)
-    signal.signal(signal.SIGTERM, _stop)
+    _Stopper()
     try:
         from rayinfer.pipelines.job import load_job
 
@@ -50,6 +51,7 @@ def run(
         console.print(Text("checking the job", style="dim"))
         from rayinfer.pipelines.report import print_report
         from rayinfer.pipelines.run import run_job
+        from rayinfer.pipelines.sinks import list_files
 
         result = run_job(spec, overwrite=overwrite, address=address, verbose=verbose, console=console)
     except ConfigError as error:
@@ -63,11 +65,9 @@ def run(
     if json_file is not None:
         json_file.write_text(json.dumps(result.as_dict(), indent=1, default=str) + "\n", encoding="utf-8")
     if not result.complete:
+        parts = len(list_files(spec.sink))
         errors.print(
-            Text(
-                f"{result.num_parts} finished part(s) with {result.num_rows_out:,} rows stay in {result.output}, "
-                "without the success marker; run again with --overwrite"
-            ),
+            Text(f"{parts} file(s) stay in {result.output}, not a whole table; run again with --overwrite"),
             soft_wrap=True,
         )
         raise typer.Exit(INTERRUPTED if result.status == "interrupted" else INCOMPLETE)
@@ -93,8 +93,20 @@ def doctor() -> None:
     console.print(Text("ready" if not missing else "ready, without what is missing", style="bold green"))
 
 
-def _stop(signum: int, frame: Any) -> None:
-    raise KeyboardInterrupt
+class _Stopper:
+    """Ctrl-C and SIGTERM: the first stops the run, what comes while it stops is ignored, the third ends the process."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self)
+
+    def __call__(self, signum: int, frame: Any) -> None:
+        self.count += 1
+        if self.count == 1:
+            raise KeyboardInterrupt
+        if self.count > 2:
+            os._exit(INTERRUPTED)
 
 
 def main() -> None:

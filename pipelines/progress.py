@@ -34,6 +34,7 @@ class Progress:
         self._num_rows = num_rows
         self._poll: Callable[[], Stats | None] = lambda: None
         self._phase = ""
+        self._counters = True
         self._num_written = 0
         self._stats: Stats = {}
         self._history: deque[tuple[float, int, int, int]] = deque()  # time, rows, prompt tokens, generated tokens
@@ -55,12 +56,12 @@ class Progress:
         if self._live:
             self._live.stop()
 
-    def phase(self, name: str, poll: Callable[[], Stats | None] | None = None) -> None:
-        """Say what the job does now; from the first running row on the counters are shown instead.
+    def phase(self, name: str, poll: Callable[[], Stats | None] | None = None, *, counters: bool = True) -> None:
+        """Say what the job does now; with `counters`, these are shown instead from the first running row on.
 
         `poll`, if given, is called about once a second from then on, in the display's own thread.
         """
-        self._phase, self._phase_start = name, time.monotonic()
+        self._phase, self._phase_start, self._counters = name, time.monotonic(), counters
         self._poll = poll or self._poll
         if self._live is None:
             self._console.print(Text(name))
@@ -122,7 +123,7 @@ class Progress:
         ]
 
     def _started(self) -> bool:
-        return bool(self.num_done or self._stats.get("num_running"))
+        return self._counters and bool(self.num_done or self._stats.get("num_running"))
 
     def _plain(self) -> str:
         if not self._started():

@@ -105,13 +105,15 @@ def print_report(console: Console, result: JobResult) -> None:
     for error_type, count in sorted(result.errors.items(), key=lambda item: -item[1]):
         grid.add_row("", f"{error_type}: {count:,}")
     cached = f" ({result.num_cached_tokens:,} from the prefix cache)" if result.num_cached_tokens else ""
-    grid.add_row("tokens", f"{result.num_input_tokens:,} in{cached}, {result.num_generated_tokens:,} out")
+    if result.num_rows_out:
+        grid.add_row("tokens", f"{result.num_input_tokens:,} in{cached}, {result.num_generated_tokens:,} out")
     grid.add_row("time", _times(result.seconds))
-    grid.add_row(
-        "speed",
-        f"{result.rows_per_second:,.1f} rows/s, {result.input_tokens_per_second:,.0f} tokens/s in, "
-        f"{result.generated_tokens_per_second:,.0f} out",
-    )
+    if result.num_rows_out:
+        grid.add_row(
+            "speed",
+            f"{result.rows_per_second:,.1f} rows/s, {result.input_tokens_per_second:,.0f} tokens/s in, "
+            f"{result.generated_tokens_per_second:,.0f} out",
+        )
     grid.add_row(
         "table",
         f"{result.output} ({result.num_parts:,} part{'s' * (result.num_parts != 1)}, {_size(result.num_bytes)})",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import platform
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -111,12 +112,16 @@ def run_job(
                 progress.phase("loading the model", board.poll)
                 dataset = _dataset(plan, board.actor)
                 clear(spec.sink, plan.old_files)
-                for entry in _entries(dataset):
-                    times.enter("run")
-                    result.add(entry)
-                    parts[entry.name] = entry.num_bytes
-                    keys_out.merge(KeyDigest.of(entry.num_rows, entry.keys))
-                    progress.written(entry.num_rows)
+                try:
+                    for entry in _entries(dataset):
+                        times.enter("run")
+                        result.add(entry)
+                        parts[entry.name] = entry.num_bytes
+                        keys_out.merge(KeyDigest.of(entry.num_rows, entry.keys))
+                        progress.written(entry.num_rows)
+                except KeyboardInterrupt:
+                    progress.phase("stopping: ending the engines and Ray", counters=False)
+                    raise
         times.enter("end")
         result.reason = _check(plan, result, parts, keys_out)
         result.status = "incomplete" if result.reason else "complete"
@@ -184,13 +189,13 @@ def _ray(address: str | None, verbose: bool) -> Iterator[None]:
     levels = [logger.level for logger in loggers]
     started = not ray.is_initialized()
     if started:
-        level = logging.INFO if verbose else logging.CRITICAL
-        ray.init(
-            address=address or "local",
-            include_dashboard=None if address else False,
-            log_to_driver=verbose,
-            logging_level=level,
-        )
+        with nullcontext() if verbose else _hushed_core():
+            ray.init(
+                address=address or "local",
+                include_dashboard=None if address else False,
+                log_to_driver=verbose,
+                logging_level=logging.INFO if verbose else logging.CRITICAL,
+            )
     context = ray.data.DataContext.get_current()
     before = {name: getattr(context, name) for name in _QUIET}
     try:
@@ -207,6 +212,27 @@ def _ray(address: str | None, verbose: bool) -> Iterator[None]:
             logger.setLevel(level)
         if started:
             ray.shutdown()
+
+
+@contextmanager
+def _hushed_core() -> Iterator[None]:
+    """Keep Ray's C++ core, which writes to our standard error, from doing so, for as long as this process lives.
+
+    It is told by a variable that it reads when it starts, and then says that it was told: that goes to nowhere.
+    """
+    name, kept = "RAY_BACKEND_LOG_LEVEL", os.dup(2)
+    mine = name not in os.environ
+    try:
+        if mine:
+            os.environ[name] = "fatal"
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        if mine:
+            os.environ.pop(name, None)
 
 
 _QUIET = {"enable_progress_bars": False, "print_on_execution_start": False}

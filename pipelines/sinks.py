@@ -277,6 +277,13 @@ def _is_ours(name: str) -> bool:
     return "/" not in name and (name.startswith((PART_PREFIX, TEMP_PREFIX)) or name == MARKER)
 
 
+def list_files(sink: SinkSpec) -> dict[str, int]:
+    """Name and bytes of every file in the folder, as the store has it now."""
+    fs, folder = fsspec.core.url_to_fs(sink.uri)
+    fs.invalidate_cache()
+    return {_child(file, folder): info["size"] for file, info in fs.find(folder, detail=True).items()}
+
+
 def clear(sink: SinkSpec, names: list[str]) -> None:
     """Remove the files of an earlier run, the marker first, so that no crash leaves a marker without its parts."""
     fs, folder = fsspec.core.url_to_fs(sink.uri)
@@ -290,9 +297,7 @@ def sweep(sink: SinkSpec, entries: dict[str, int]) -> tuple[list[str], int]:
     Returns:
         (names whose file is missing or has another size, number of files removed that no entry names).
     """
-    fs, folder = fsspec.core.url_to_fs(sink.uri)
-    fs.invalidate_cache()
-    sizes = {_child(file, folder): info["size"] for file, info in fs.find(folder, detail=True).items()}
+    sizes = list_files(sink)
     wrong = [name for name, num_bytes in entries.items() if sizes.get(name) != num_bytes]
     garbage = [name for name in sizes if name not in entries and _is_ours(name)]
     clear(sink, garbage)

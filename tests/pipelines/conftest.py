@@ -13,7 +13,9 @@ import pyarrow as pa
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[bot]{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[bot]{% endif %}"
+)
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +29,9 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     tokenizer = Tokenizer(models.BPE(vocab={text: id for id, text in enumerate(letters)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", chat_template=TEMPLATE).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", chat_template=TEMPLATE).save_pretrained(
+        folder
+    )
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(letters), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -40,17 +44,17 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def job(model_path: str, tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """job(source, **other) -> a small job over `source`, writing to tmp_path/out; keyword arguments replace its parts."""
+    """job(source, **parts) -> a small job over `source`, writing to tmp_path/out; `parts` replace its own."""
 
-    def make(source: Any, **other: Any) -> dict[str, Any]:
+    def make(source: Any, **parts: Any) -> dict[str, Any]:
         engine = {"max_model_len": 128, "max_num_seqs": 8, "cpu_kv_cache_gib": 0.01, "num_threads": 1}
         return {
             "source": source if isinstance(source, dict) else {"uri": str(source)},
             "prompt": "Say: {{ text }}",
             "model": {"model_source": model_path, **engine},
-            "sampling": {"temperature": 0, "max_tokens": 4, "ignore_eos": True},
+            "sampling": {"temperature": 0, "max_tokens": 4},
             "sink": {"uri": str(tmp_path / "out")},
-            **other,
+            **parts,
         }
 
     return make

@@ -46,7 +46,10 @@ def test_paths_are_relative_to_the_job_file(tmp_path, monkeypatch):
         ({"sorce": {}}, r"job: unknown key 'sorce'; did you mean 'source'\? Known keys: .*sink, source"),
         ({"sink": {"uri": "o", "fromat": "csv"}}, r"unknown key 'sink.fromat'; did you mean 'format'\?"),
         ({"sampling": {"temprature": 1}}, r"unknown key 'sampling.temprature'; did you mean 'temperature'\?"),
-        ({"model": {"model_source": "a", "blok_size": 1}}, r"unknown key 'model.blok_size'; did you mean 'block_size'\?"),
+        (
+            {"model": {"model_source": "a", "blok_size": 1}},
+            r"unknown key 'model.blok_size'; did you mean 'block_size'\?",
+        ),
         ({"sampling": {"temperature": -1}}, r"job: sampling.temperature = -1: .* greater than or equal to 0"),
         ({"sampling": {"max_tokens": 0}}, r"job: sampling.max_tokens = 0"),
         ({"model": {"block_size": 16}}, r"job: model = .*: model_source is missing"),
@@ -58,7 +61,10 @@ def test_paths_are_relative_to_the_job_file(tmp_path, monkeypatch):
         ({"prompt": None, "messages": [{"role": "boss", "content": "x"}]}, r"job: messages.0.role = 'boss'"),
         ({"prompt": None, "messages": []}, r"job: messages = \[\]"),
         ({"prompt": "{{ text "}, r"job: prompt: line 1 of the template: "),
-        ({"prompt": None, "messages": [{"role": "user", "content": "a\n{% if %}"}]}, r"job: messages.0.content: line 2"),
+        (
+            {"prompt": None, "messages": [{"role": "user", "content": "a\n{% if %}"}]},
+            r"job: messages.0.content: line 2",
+        ),
         ({"processor": {"concurrency": 0}}, r"job: processor.concurrency = 0: want a number of engines"),
         ({"processor": {"concurrency": [2, 1]}}, r"job: processor.concurrency = \[2, 1\]"),
         ({"on_error": "ignore"}, r"job: on_error = 'ignore': .*'record' or 'raise'"),
@@ -79,7 +85,10 @@ def test_all_that_is_wrong_is_told_at_once():
     ("text", "message"),
     [
         ("a: [1", r"job.yaml: not valid YAML: line \d+"),
-        ("source: {uri: a}\nsource: {uri: b}", r"job.yaml: not valid YAML: line 2, column 1: key 'source' is there twice"),
+        (
+            "source: {uri: a}\nsource: {uri: b}",
+            r"job.yaml: not valid YAML: line 2, column 1: key 'source' is there twice",
+        ),
         ("- a", "job.yaml: want a mapping"),
         ("", "job.yaml: want a mapping"),
         ("!!python/object/apply:os.getcwd []", "job.yaml: not valid YAML: .*could not determine a constructor"),
@@ -95,7 +104,9 @@ def test_job_files_that_are_none(tmp_path: Path, text: str, message: str):
 
 
 def test_templates_render_text_and_messages():
-    template = PromptTemplate(messages=[("system", "Be {{ how }}.\n"), ("user", "{% if x %}{{ x }}{% endif %}{{ row['a b'] }}")])
+    template = PromptTemplate(
+        messages=[("system", "Be {{ how }}.\n"), ("user", "{% if x %}{{ x }}{% endif %}{{ row['a b'] }}")]
+    )
     template = pickle.loads(pickle.dumps(template))
     template.check_columns(["how", "x", "a b"])
     row = {"how": "short", "x": None, "a b": "{{ how }}"}

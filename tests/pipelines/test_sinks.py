@@ -1,4 +1,4 @@
-"""Part files: every source format into every sink format, read back with pyarrow; names, entries, and the folder's rules."""
+"""Part files: every source format into every sink format, read back with pyarrow; names, entries, the folder's rules."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_types_that_json_and_csv_have_not(tmp_path):
     row = json.loads(part.read_text())
     assert [row[key] for key in kinds] == ["2024-01-02T03:04:05", "1.10", "AP8=", None, ["a", "b"]]
     spec = spec_of(tmp_path / "in.parquet", {"uri": str(tmp_path / "csv"), "format": "csv"})
-    with pytest.raises(ConfigError, match="sink.format = 'csv' cannot hold column 'tags' of type list"):
+    with pytest.raises(ConfigError, match=r"sink.format = 'csv' cannot hold column 'tags' of type list"):
         finished(spec)
     spec = spec_of(tmp_path / "in.parquet", {"uri": str(tmp_path / "csv"), "format": "csv", "columns": ["raw", "when"]})
     write(spec, *finished(spec))
@@ -206,7 +206,7 @@ def test_rules_of_the_output_folder(tmp_path):
         check_sink(sink_of(tmp_path / "in" / "out"), str(tmp_path / "in"), overwrite=False)
     with pytest.raises(ConfigError, match="no worker shares it"):
         check_sink(sink_of("memory://out"), source, overwrite=False)
-    with pytest.raises(ConfigError, match="sink.uri = 'nosuch://x'"):
+    with pytest.raises(ConfigError, match=r"sink.uri = 'nosuch://x'"):
         check_sink(sink_of("nosuch://x"), source, overwrite=False)
 
 

@@ -94,7 +94,9 @@ def test_folders_globs_hive_and_compression(tmp_path, rows):
     (tmp_path / "hive/readme.md").touch()
     census = census_of(tmp_path / "hive")
     assert census.num_skipped_files == 1
-    check_same(census, pq.read_table(tmp_path / "hive", partitioning="hive", ignore_prefixes=["_", "readme"]).to_pylist())
+    check_same(
+        census, pq.read_table(tmp_path / "hive", partitioning="hive", ignore_prefixes=["_", "readme"]).to_pylist()
+    )
     assert read_all(census)[KEY][10].as_py() == "year=2025/a.parquet#0"
 
     path = write_jsonl(tmp_path / "z.jsonl", rows)
@@ -204,7 +206,7 @@ def test_what_is_refused(tmp_path):
         census_of(tmp_path / "nothing")
     with pytest.raises(ConfigError, match="no file there"):
         census_of(tmp_path / "*.csv")
-    with pytest.raises(ConfigError, match="source.uri = 'nosuch://x'"):
+    with pytest.raises(ConfigError, match=r"source.uri = 'nosuch://x'"):
         census_of("nosuch://x")
     refused(tmp_path, "e.csv", "", "no rows in 1 csv file")
     refused(tmp_path, "e.csv", "a,b\n", "no rows in 1 csv file")
@@ -214,7 +216,13 @@ def test_what_is_refused(tmp_path):
     refused(tmp_path, "u.csv", b"a\n\xff\n", "is not UTF-8")
     refused(tmp_path, "t.parquet", b"PAR1 no", "t.parquet' cannot be read as parquet")
     refused(tmp_path, "a.txt", "a", "none of 1 file")
-    refused(tmp_path, "c.csv", "text\n1\n", "source.columns: 'txt' is no column of .*; did you mean 'text'?", columns=["txt"])
+    refused(
+        tmp_path,
+        "c.csv",
+        "text\n1\n",
+        "source.columns: 'txt' is no column of .*; did you mean 'text'?",
+        columns=["txt"],
+    )
     refused(tmp_path, "c.csv", "text\n1\n", "source.id_column: 'id' is no column", id_column="id")
     with pytest.raises(ConfigError, match="files of several formats"):
         census_of(tmp_path)

@@ -1,0 +1,108 @@
+"""The command line as a person uses it, in a process of its own: exit codes, signals, what is on the screen."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from rayinfer.pipelines.sinks import MARKER
+
+
+@pytest.fixture
+def job_file(tmp_path: Path, job, table) -> Path:
+    pq.write_table(table, tmp_path / "in.parquet")
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(job("in.parquet", sink={"uri": "out"})))
+    return path
+
+
+def test_help_names_the_commands_and_is_quick(cli):
+    start = time.monotonic()
+    out, _ = cli("--help").communicate(timeout=60)
+    assert "run " in out
+    assert "doctor" in out
+    assert time.monotonic() - start < 20  # no torch, no Ray: about a second when the machine is idle
+    out, _ = cli("run", "--help").communicate(timeout=60)
+    assert all(option in out for option in ("--overwrite", "--limit", "--strict", "--json", "--verbose", "--address"))
+
+
+@pytest.mark.timeout(60)
+def test_a_refused_job_exits_with_2(cli, job_file, tmp_path):
+    job_file.write_text(job_file.read_text().replace("max_tokens", "max_tokns"))
+    process = cli("run", job_file)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 2
+    assert err.startswith("refused: job.yaml: unknown key 'sampling.max_tokns'; did you mean 'max_tokens'?")
+    assert not (tmp_path / "out").exists()
+    process = cli("run", tmp_path / "no.yaml")
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 2
+    assert "no.yaml': No such file" in err
+
+
+@pytest.mark.slow
+def test_a_job_in_a_pipe_with_asserts_off(cli, job_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONOPTIMIZE", "1")
+    pq.write_table(pa.table({"text": ["one", "two", None]}), tmp_path / "in.parquet")
+    process = cli("run", job_file, "--strict", "--json", tmp_path / "summary.json", cwd="/")
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 3, err
+    assert "3 in = 2 ok + 1 failed (checked by key)" in out
+    assert "\x1b" not in out
+    assert err == ""  # nothing of Ray's
+    lines = out.splitlines()
+    assert lines[0] == "checking the job"
+    assert "starting Ray" in lines
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["status"], summary["errors"]) == ("complete", {"TEMPLATE_ERROR": 1})
+    assert set(summary["seconds"]) == {"check", "start", "load", "run"}
+    assert pq.read_table(tmp_path / "out").num_rows == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_cleanly(cli, job_file, tmp_path, signum):
+    rows = 50_000  # far more than it gets through
+    pq.write_table(pa.table({"text": ["some words"] * rows}), tmp_path / "in.parquet")
+    job = yaml.safe_load(job_file.read_text())
+    job["sink"]["rows_per_part"] = 16
+    job_file.write_text(yaml.safe_dump(job))
+    process = cli("run", job_file, start_new_session=True)
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and process.poll() is None:
+        if (tmp_path / "out").exists() and len(os.listdir(tmp_path / "out")) > 2:
+            break
+        time.sleep(0.2)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert children
+    os.killpg(process.pid, signum)  # as a terminal does: the whole group
+    start = time.monotonic()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert time.monotonic() - start < 45  # 2 to 6 s when the machine is idle
+    assert "interrupted: stopped before all rows were done" in out
+    assert "Traceback" not in out + err
+    assert "not a whole table; run again with --overwrite" in err
+    files = os.listdir(tmp_path / "out")
+    assert MARKER not in files
+    assert len(files) > 2
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert alive == []
+
+
+def test_doctor_tells_versions_device_and_memory(cli):
+    process = cli("doctor")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    for name in ("rayinfer", "torch", "ray", "cores", "memory", "GPU"):
+        assert name in out
+    assert out.splitlines()[-1].startswith("ready")
