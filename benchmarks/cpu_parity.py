@@ -98,31 +98,34 @@ def forward(model: Any, prompt: list[int], tokens: list[int]) -> torch.Tensor:
 
 @torch.inference_mode()
 def make_reference(name: str, num_prompts: int, num_tokens: int) -> Reference:
-    """Run transformers' generate over each prompt, or read what an earlier run kept."""
+    """Run transformers' generate over each prompt that an earlier run has not kept."""
     digest = hashlib.sha256(gguf_path(name).read_bytes()).hexdigest()[:12]
     kept = ROOT / ".cache" / "parity" / f"{name}-{digest}-{num_prompts}x{num_tokens}.json"
+    kept.parent.mkdir(parents=True, exist_ok=True)
     if kept.exists():
-        return Reference(**json.loads(kept.read_text(encoding="utf-8")))
+        reference = Reference(**json.loads(kept.read_text(encoding="utf-8")))
+        if len(reference.tokens) == num_prompts:
+            return reference
     model, tokenizer = load_reference(name)
     eos = model.generation_config.eos_token_id
     eos = eos if isinstance(eos, list) else [eos if eos is not None else tokenizer.eos_token_id]
     model.generation_config.eos_token_id = None
-    prompts = prompt_ids(name, tokenizer, load_rows(num_prompts))
-    tokens, error, start = [], 0.0, time.perf_counter()
-    for index, prompt in enumerate(prompts):
+    if not kept.exists():
+        reference = Reference(prompt_ids(name, tokenizer, load_rows(num_prompts)), [], 0.0, eos)
+    start = time.perf_counter()
+    for prompt in reference.prompts[len(reference.tokens) :]:
         ids = torch.tensor([prompt])
         answer = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, do_sample=False, pad_token_id=0,
             output_logits=True, return_dict_in_generate=True,
         )  # fmt: skip
-        tokens.append(answer.sequences[0, len(prompt) :].tolist())
-        one_by_one = torch.cat(answer.logits).float()
-        error = max(error, (one_by_one - forward(model, prompt, tokens[-1])).abs().max().item())
-        print(f"\r{name} reference {index + 1}/{len(prompts)} {time.perf_counter() - start:.0f} s", end="", flush=True)
-    print()
-    reference = Reference(prompts, tokens, error, eos)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps(reference.__dict__), encoding="utf-8")
+        tokens = answer.sequences[0, len(prompt) :].tolist()
+        error = (torch.cat(answer.logits).float() - forward(model, prompt, tokens)).abs().max().item()
+        reference.tokens.append(tokens)
+        reference.rounding_error = max(reference.rounding_error, error)
+        kept.write_text(json.dumps(reference.__dict__), encoding="utf-8")
+        done = len(reference.tokens)
+        print(f"{name}: reference {done} of {num_prompts}, {time.perf_counter() - start:.0f} s", flush=True)
     return reference
 
 
