@@ -21,10 +21,8 @@ from rayinfer.config import EngineConfig
 from rayinfer.errors import ConfigError, UnsupportedModelError, nearest
 from rayinfer.models.fused import fuse
 from rayinfer.models.model import Model, ModelInfo
-from rayinfer.models.paged import ATTENTION, WAY_OUT, check_config, discover
+from rayinfer.models.paged import ATTENTION, DYNAMIC_ROPE, WAY_OUT, check_config, discover
 from rayinfer.models.source import Source, check_weights, find_source
-
-_DYNAMIC_ROPE = ("dynamic", "longrope")  # rotary types whose angles depend on the length of the sequence
 
 
 def inspect_model(config: EngineConfig) -> ModelInfo:
@@ -50,7 +48,6 @@ def load_model(config: EngineConfig) -> Model:
     else:
         module = _pretrained(config, source, hf_config, info.dtype, device)
     module.eval().requires_grad_(False)
-    _freeze_rope(module)
     state = discover(module)
     num_positions = config.max_model_len or info.max_position_embeddings
     assert num_positions is not None, "_inspect() wants one of them"
@@ -187,7 +184,7 @@ def _check_length(config: EngineConfig, text: PreTrainedConfig, info: ModelInfo)
         )
     rope = getattr(text, "rope_parameters", None) or {}
     for values in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
-        if values.get("rope_type") in _DYNAMIC_ROPE:
+        if values.get("rope_type") in DYNAMIC_ROPE:
             static = values.get("original_max_position_embeddings") or limit or 0
             wanted = config.max_model_len or limit or 0
             if wanted > static:
@@ -278,13 +275,3 @@ def _dummy(config: EngineConfig, hf_config: PreTrainedConfig, dtype: torch.dtype
             module._init_weights(part)
     module.tie_weights()
     return module.to(device)
-
-
-def _freeze_rope(module: nn.Module) -> None:
-    """Lengths were checked to stay where dynamic rotary angles are constant: spare the check, a device sync a step."""
-    for part in module.modules():
-        kind = getattr(part, "rope_type", None)
-        if isinstance(kind, dict):
-            part.rope_type = {key: "default" if value in _DYNAMIC_ROPE else value for key, value in kind.items()}  # type: ignore[assignment]
-        elif kind in _DYNAMIC_ROPE:
-            part.rope_type = "default"  # type: ignore[assignment]

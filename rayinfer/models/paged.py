@@ -19,6 +19,7 @@ from rayinfer.errors import UnsupportedModelError
 
 ATTENTION = "rayinfer_paged"
 WAY_OUT = "rayinfer runs decoders whose every layer is causal softmax attention over its own keys and values"
+DYNAMIC_ROPE = ("dynamic", "longrope")  # rotary types whose angles depend on the length of the sequence
 # What models pass beside (query, key, value) that does not change the result here. Anything else refuses the model.
 _HARMLESS = {"dropout", "is_causal", "position_ids", "position_embeddings", "past_key_values", "cache_position"}
 _HARMLESS |= {"use_cache", "return_dict", "output_attentions", "output_hidden_states", "output_router_logits"}
@@ -140,6 +141,7 @@ def discover(module: nn.Module) -> PagedState:
     Raises:
         UnsupportedModelError: naming the class and what about its attention is not supported.
     """
+    _spare_syncs(module)
     name, text = type(module).__name__, module.config.get_text_config()  # type: ignore[operator, union-attr]
     device = next(module.parameters()).device
     inputs = {"input_ids": torch.arange(2, device=device)[None] + text.vocab_size // 2, "use_cache": False}
@@ -166,6 +168,22 @@ def _record(module: nn.Module, inputs: dict[str, Any]) -> _Recorder:
         for part in parts:
             del part.paged
     return recorder
+
+
+def _spare_syncs(module: nn.Module) -> None:
+    """Take away what reads from the device in every forward to no use here, so that a step can be captured.
+
+    Dynamic rotary angles are constant for the lengths that load.py lets through; nothing in a step is padding of a row.
+    """
+    for part in module.modules():
+        kind = getattr(part, "rope_type", None)
+        if isinstance(kind, dict):
+            kinds = {key: "default" if value in DYNAMIC_ROPE else value for key, value in kind.items()}
+            part.rope_type = kinds  # type: ignore[assignment]
+        elif kind in DYNAMIC_ROPE:
+            part.rope_type = "default"  # type: ignore[assignment]
+        if hasattr(part, "warn_if_padding_and_no_attention_mask"):
+            part.warn_if_padding_and_no_attention_mask = lambda *_: None  # type: ignore[assignment]
 
 
 def check_config(name: str, text: Any) -> None:

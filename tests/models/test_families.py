@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from rayinfer.config import EngineConfig
 from rayinfer.models.load import load_model
+from rayinfer.models.paged import ATTENTION, discover
 
 
 def random_rows() -> tuple[list[list[int]], list[int]]:
@@ -53,3 +55,23 @@ def test_without_index_all_logits_come_back(make_family, run_rows):
     everything = model.forward(torch.tensor(row + [0, 0]), meta)
     assert everything.shape == (6, 97)
     torch.testing.assert_close(everything[:4], indexed)
+
+
+def test_forward_needs_no_host_sync(family):
+    """Meta tensors have no values to read, so a forward that runs on them can be captured as a CUDA graph."""
+    config = AutoConfig.from_pretrained(family.folder)
+    with torch.device("meta"):
+        module = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION)
+        index = torch.zeros(1, dtype=torch.int64)
+    if family.name == "qwen3_moe":  # routes by values: runs, but not on meta tensors
+        with pytest.raises(RuntimeError):
+            discover(module)
+        return
+    state = discover(module)
+    assert len(state.specs) == config.get_text_config().num_hidden_layers
+    for part in module.modules():
+        if "paged" in vars(part):
+            part.paged = lambda query, key, value, **_: torch.empty_like(query).transpose(1, 2)
+    tokens = torch.zeros((1, 3), dtype=torch.int64, device="meta")
+    logits = module(input_ids=tokens, position_ids=tokens, use_cache=False, logits_to_keep=index).logits
+    assert logits.shape == (1, 1, 97)
