@@ -100,6 +100,7 @@ class Processor:
         dataset = map_blocks(
             dataset,
             LLMProcessor,
+            batch_size,
             fn_constructor_kwargs={
                 **model_kwargs,
                 "sampling_params": config.sampling_params,
@@ -112,8 +113,8 @@ class Processor:
                 config.concurrency,
                 # Ray grows a pool only when its actors have near twice the calls that they can run, its default.
                 max_tasks_in_flight_per_actor=num_calls + 2 if low == high else None,
-                max_concurrent_calls_per_actor=num_calls,
             ),
+            max_concurrency=num_calls,
             num_cpus=num_cpus,
             num_gpus=num_gpus or None,
             **{key: value for key, value in placement.items() if value is not None},
@@ -168,9 +169,9 @@ def rows_in_flight(engine: EngineConfig, config: EngineProcessorConfig) -> tuple
     A call ends with its longest row; with lengths from 0 to the maximum, half of a call's rows run at any time, so
     twice what the engine runs at once is given to it.
     """
-    from rayinfer.engine import DEFAULT_LIMITS
+    from rayinfer.engine import DEFAULT_MAX_NUM_SEQS
 
-    num_seqs = engine.max_num_seqs or DEFAULT_LIMITS[engine.device.partition(":")[0]][0]
+    num_seqs = engine.max_num_seqs or DEFAULT_MAX_NUM_SEQS[engine.device.partition(":")[0]]
     batch_size = config.batch_size or max(8, num_seqs // 8)
     num_calls = config.max_concurrent_batches or math.ceil(2 * num_seqs / batch_size) + 1
     return batch_size, num_calls, num_seqs

@@ -1,4 +1,4 @@
-"""Everything that Ray Data has no public API for. Tested with Ray 2.60; nothing else here may import `_internal`.
+"""Everything that Ray Data has no public API for, tested with Ray 2.56 and 2.60: no other file imports `_internal`.
 
 Ray Data gathers what a generator yields until `target_max_block_size` bytes (128 MiB) are full, so that an LLM's rows
 would wait for the end of their call. A rule of the physical optimizer, which is where Ray decides the sizes of blocks,
@@ -47,12 +47,15 @@ def keep_yielded_blocks() -> None:
         rules.add(_KeepYieldedBlocks)
 
 
-def map_blocks(dataset: Dataset, fn: Any, **kwargs: Any) -> Dataset:
+def map_blocks(dataset: Dataset, fn: Any, batch_size: int, **kwargs: Any) -> Dataset:
     """`map_batches` with one call for each input block, also on a GPU, where the public method wants a batch size.
 
-    With a batch size, a task that holds two batches runs them one after the other, half empty.
+    With a batch size, Ray joins blocks that are smaller, and a task that then holds two batches runs them one after the
+    other, the second one often small. Ray before 2.60 gets `batch_size` for lack of a way around it.
     """
-    return dataset.map_batches_internal(fn, batch_size=None, **kwargs)
+    if hasattr(dataset, "map_batches_internal"):
+        return dataset.map_batches_internal(fn, batch_size=None, **kwargs)
+    return dataset.map_batches(fn, batch_size=batch_size, **kwargs)
 
 
 def to_arrow(batch: DataBatch) -> pa.Table:

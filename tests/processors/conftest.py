@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -52,12 +53,13 @@ def engine_kwargs() -> dict[str, object]:
 def local_ray():
     """A Ray of this test run's own: never one that happens to run on the machine."""
     root = Path(__file__).resolve().parents[2]
+    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
     ray.init(
         address="local",
         include_dashboard=False,
         num_cpus=3,
         log_to_driver=False,
-        runtime_env={"env_vars": {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}},
+        runtime_env={"env_vars": {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}},
     )
     ray.data.DataContext.get_current().enable_progress_bars = False
     yield ray

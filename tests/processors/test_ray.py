@@ -76,10 +76,9 @@ def test_pipeline_to_parquet_and_back(local_ray, config, expected, tmp_path):
 
 
 def test_ray_data_llm_takes_the_config(local_ray, config, expected):
-    pytest.importorskip("aiohttp", reason="ray.data.llm needs it")
-    from ray.data.llm import build_processor as build_by_ray
-
-    processor = build_by_ray(config, preprocess=ask, postprocess=answer)
+    reason = "it needs packages that Ray Data alone does not bring, aiohttp for one"
+    ray_data_llm = pytest.importorskip("ray.data.llm", reason=reason, exc_type=ImportError)
+    processor = ray_data_llm.build_processor(config, preprocess=ask, postprocess=answer)
     check(processor(ray.data.range(NUM_ROWS, override_num_blocks=3)).take_all(), expected)
     assert "vllm" not in sys.modules
 
@@ -108,7 +107,8 @@ def test_bare_map_batches_streams_and_survives_a_lost_worker(local_ray, model_pa
     dataset = ray.data.range(64, override_num_blocks=4).map(table).map_batches(
         DiesOnce,
         fn_constructor_kwargs=dict(model=model_path, sampling_params=dict(temperature=0), **engine_kwargs),
-        compute=ray.data.ActorPoolStrategy(size=1, max_tasks_in_flight_per_actor=4, max_concurrent_calls_per_actor=4),
+        compute=ray.data.ActorPoolStrategy(size=1, max_tasks_in_flight_per_actor=4),
+        max_concurrency=4,
         batch_size=16,
         num_cpus=0,
     )  # fmt: skip
