@@ -188,7 +188,8 @@ class Engine:
         if len(request.output_token_ids) >= request.params.min_tokens:
             if token in request.stop_token_ids:
                 request.finish_reason = "stop"
-                request.stop_reason = token if token not in self.info.eos_token_ids else None
+                is_eos = token in self.info.eos_token_ids and not request.params.ignore_eos
+                request.stop_reason = None if is_eos else token
                 return True
             if request.params.stop:
                 request.stop_reason = find_stop_string(self.tokenizer, request)
