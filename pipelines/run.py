@@ -28,7 +28,17 @@ from rayinfer.pipelines.job import JobSpec
 from rayinfer.pipelines.keys import KeyDigest
 from rayinfer.pipelines.progress import Progress
 from rayinfer.pipelines.report import JobResult
-from rayinfer.pipelines.sinks import MARKER, Entry, PartWriter, check_sink, clear, output_schema, sweep, write_whole
+from rayinfer.pipelines.sinks import (
+    MARKER,
+    Entry,
+    PartWriter,
+    check_apart,
+    check_sink,
+    clear,
+    output_schema,
+    sweep,
+    write_whole,
+)
 from rayinfer.pipelines.sources import KEY, SOURCE, SOURCE_ERROR, Census, take_census
 from rayinfer.pipelines.template import PromptTemplate
 from rayinfer.processors import EngineProcessorConfig, StatsBoard, build_processor
@@ -54,9 +64,11 @@ def prepare(spec: JobSpec, *, overwrite: bool = False) -> Plan:
     census = take_census(spec.source)
     spec.template().check_columns(census.schema.names)
     schema = output_schema(census, spec)
-    inspect_model(spec.model)
+    check_apart(spec.sink, {unit.file for unit in census.units})
+    on_cpu = spec.model.model_copy(update={"device": "cpu"})  # the driver may be a machine without a GPU
+    inspect_model(on_cpu)
     if spec.messages is not None:
-        tokenizer = load_tokenizer(spec.model)
+        tokenizer = load_tokenizer(on_cpu)
         if tokenizer is None or not tokenizer.chat_template:
             raise ConfigError(f"messages: the model {spec.model.model!r} has no chat template; write `prompt` instead")
     return Plan(spec, census, schema, old_files)
@@ -127,7 +139,9 @@ def run_job(
         result.status = "incomplete" if result.reason else "complete"
     except KeyboardInterrupt:
         result.status, result.reason = "interrupted", "stopped before all rows were done"
-    except ray.exceptions.RayError as error:
+    except ConfigError:
+        raise
+    except Exception as error:  # a lost node, a full disk, a bug: what was finished is told, and that it is not all
         if verbose:
             console.print_exception()
         result.reason = _cause(error)

@@ -262,6 +262,14 @@ def check_sink(sink: SinkSpec, source_uri: str, *, overwrite: bool) -> list[str]
     return ours
 
 
+def check_apart(sink: SinkSpec, files: set[str]) -> None:
+    """Raise ConfigError if a file of the source lies in the output folder, where the job removes what is old."""
+    _, folder = fsspec.core.url_to_fs(sink.uri)
+    for file in files:
+        if file.startswith(folder.rstrip("/") + "/"):
+            raise ConfigError(f"sink.uri = {sink.uri!r}: the source's file {file!r} is in it; name another folder")
+
+
 def _open(uri: str, place: str) -> tuple[Any, str]:
     try:
         return fsspec.core.url_to_fs(uri)

@@ -68,9 +68,17 @@ def test_a_job_in_a_pipe_with_asserts_off(cli, job_file, tmp_path, monkeypatch):
     assert pq.read_table(tmp_path / "out").num_rows == 3
 
 
+@pytest.mark.timeout(60)
+def test_sigterm_before_the_start_ends_it_too(cli, job_file):
+    process = cli("run", job_file)
+    assert process.stdout.readline() == "checking the job\n"
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=45)
+    assert (process.returncode, err) == (130, "stopped before the job began\n")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_run_cleanly(cli, job_file, tmp_path, signum):
+def test_ctrl_c_ends_the_run_cleanly(cli, job_file, tmp_path):
     rows = 50_000  # far more than it gets through
     pq.write_table(pa.table({"text": ["some words"] * rows}), tmp_path / "in.parquet")
     job = yaml.safe_load(job_file.read_text())
@@ -84,7 +92,7 @@ def test_a_signal_ends_the_run_cleanly(cli, job_file, tmp_path, signum):
         time.sleep(0.2)
     children = psutil.Process(process.pid).children(recursive=True)
     assert children
-    os.killpg(process.pid, signum)  # as a terminal does: the whole group
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the whole group
     start = time.monotonic()
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130

@@ -1,4 +1,4 @@
-"""Part files: every source format into every sink format, read back with pyarrow; names, entries, the folder's rules."""
+"""Part files: every source format into every sink format, read back with pyarrow; names, entries, rules."""
 
 from __future__ import annotations
 
