@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import triton
@@ -124,7 +125,7 @@ def _hip_figures(kernel: SimpleNamespace) -> dict[str, int]:
     return {"registers": values["vgpr_count"], "spills": values["vgpr_spill_count"] + values["sgpr_spill_count"]}
 
 
-def compile_all(target: str) -> list[dict[str, object]]:
+def compile_all(target: str) -> list[dict[str, Any]]:
     """Compile every case for "cuda" (sm_90) or "hip" (gfx942); one record for each kernel of a case.
 
     Raises whatever the compiler raises. Records hold case, kernel, registers, spills, shared (bytes), seconds.
@@ -132,7 +133,7 @@ def compile_all(target: str) -> list[dict[str, object]]:
     stub = SimpleNamespace(
         get_current_target=lambda: TARGETS[target], get_current_device=lambda: target, get_current_stream=lambda _: 0
     )
-    compiled: list[object] = []
+    compiled: list[Any] = []
     original = JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **kwargs):

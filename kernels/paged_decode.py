@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from rayinfer.kernels.paged_tiles import FLOOR, attend_tiles, check_cache, num_processors, num_stages
+from rayinfer.kernels.paged_tiles import FLOOR, attend_tiles, check_cache, num_processors
 
 # With fewer tiles each, a program's start and the merge cost more than the tiles.
 _MIN_TILES = 2
@@ -35,7 +35,10 @@ def _num_tiles(seq_len, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
     return tl.maximum(tl.cdiv(seq_len, BLOCK_N) - _first_tile(seq_len, WINDOW, BLOCK_N), 1)
 
 
-@triton.jit
+# These vary from step to step: a value that is 1 or a multiple of 16, or another alignment, would compile anew.
+@triton.jit(
+    do_not_specialize=["num_rows", "table_stride"], do_not_specialize_on_alignment=["table_ptr", "seq_lens_ptr"]
+)
 def _decode_kernel(
     q_ptr,
     k_ptr,
@@ -193,6 +196,16 @@ def _merge_kernel(
         tl.store(out_D, (acc_D / total).to(out_ptr.dtype.element_ty), mask=d_D < HEAD_DIM)
 
 
+def _launch_shape(block_d: int, itemsize: int) -> tuple[int, int, int, int]:
+    """Tokens of a KV tile, warps, pipeline stages, and programs for each multiprocessor.
+
+    A tile of K is 16 KiB. An H100 then holds three programs at once, by registers and by shared memory; an AMD
+    compute unit has 64 KiB of shared memory, for one or two.
+    """
+    block_n = min(128, max(16, 16384 // (block_d * itemsize)))
+    return (block_n, 4, 2, 2) if torch.version.hip else (block_n, 4, 3, 3)
+
+
 def paged_decode(
     q_BHD: torch.Tensor,
     k_NSKD: torch.Tensor,
@@ -231,10 +244,10 @@ def paged_decode(
     if num_rows == 0:
         return out_BHD
     block_d = max(16, triton.next_power_of_2(head_dim))
-    block_n = min(128, max(16, 16384 // (block_d * q_BHD.element_size())))
+    block_n, num_warps, num_stages, programs_per_sm = _launch_shape(block_d, q_BHD.element_size())
     split = num_programs != 0
     if num_programs is None:
-        num_programs = 3 * num_processors(q_BHD.device)  # as many as fit at once, by registers and by shared memory
+        num_programs = programs_per_sm * num_processors(q_BHD.device)
     if not split:
         num_programs = num_rows * num_kv_heads
     num_parts = 2 * num_programs if split else 0
@@ -270,12 +283,12 @@ def paged_decode(
         SOFTCAP=bool(softcap),
         SPLIT=split,
         MIN_TILES=_MIN_TILES,
-        BLOCK_B=triton.next_power_of_2(num_rows) if split else 1,
+        BLOCK_B=max(1024, triton.next_power_of_2(num_rows)) if split else 1,  # one kernel for all but huge batches
         BLOCK_M=max(16, triton.next_power_of_2(group)),
         BLOCK_N=block_n,
         BLOCK_D=block_d,
-        num_warps=4,
-        num_stages=num_stages(),
+        num_warps=num_warps,
+        num_stages=num_stages,
     )
     if split:
         _merge_kernel[(num_programs, group)](

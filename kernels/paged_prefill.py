@@ -11,10 +11,14 @@ import torch
 import triton
 import triton.language as tl
 
-from rayinfer.kernels.paged_tiles import FLOOR, attend_tiles, check_cache, num_stages
+from rayinfer.kernels.paged_tiles import FLOOR, attend_tiles, check_cache
 
 
-@triton.jit
+# These vary from step to step: a value that is 1 or a multiple of 16, or another alignment, would compile anew.
+@triton.jit(
+    do_not_specialize=["table_stride"],
+    do_not_specialize_on_alignment=["table_ptr", "seq_lens_ptr", "query_start_ptr"],
+)
 def _prefill_kernel(
     q_ptr,
     k_ptr,
@@ -137,6 +141,14 @@ def _prefill_kernel(
         tl.store(out_MD, acc_MD.to(out_ptr.dtype.element_ty), mask=mask_MD)
 
 
+def _launch_shape(block_d: int, itemsize: int, group: int) -> tuple[int, int, int, int]:
+    """(query, head) pairs of a tile, tokens of a KV tile, warps, pipeline stages."""
+    stages = 2 if torch.version.hip else 3
+    if itemsize == 4:  # no tensor cores in float32: small tiles, or the registers spill
+        return max(32, triton.next_power_of_2(group)), 32, 4, stages
+    return 128, 32 if block_d > 128 else 64, 8, stages
+
+
 def paged_prefill(
     q_THD: torch.Tensor,
     k_NSKD: torch.Tensor,
@@ -177,10 +189,7 @@ def paged_prefill(
     if num_rows == 0 or max_query_len == 0:
         return out_THD
     block_d = max(16, triton.next_power_of_2(head_dim))
-    if q_THD.element_size() == 4:
-        block_m, block_n, num_warps = max(32, triton.next_power_of_2(group)), 32, 4
-    else:
-        block_m, block_n, num_warps = 128, 32 if block_d > 128 else 64, 8
+    block_m, block_n, num_warps, num_stages = _launch_shape(block_d, q_THD.element_size(), group)
     num_tiles = triton.cdiv(max_query_len, block_m // group)
     _prefill_kernel[(num_tiles, num_kv_heads, num_rows)](
         q_THD,
@@ -208,6 +217,6 @@ def paged_prefill(
         BLOCK_N=block_n,
         BLOCK_D=block_d,
         num_warps=num_warps,
-        num_stages=num_stages(),
+        num_stages=num_stages,
     )
     return out_THD

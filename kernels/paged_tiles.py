@@ -97,11 +97,6 @@ def num_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def num_stages() -> int:
-    """Depth of the load pipeline; an AMD compute unit has 64 KiB of shared memory, a third of an H100's."""
-    return 2 if torch.version.hip else 3
-
-
 def check_cache(k_NSKD: torch.Tensor, v_NSKD: torch.Tensor) -> None:
     """Our own invariants of a KV cache: one shape, heads contiguous, a power of two of slots a block."""
     assert k_NSKD.shape == v_NSKD.shape

@@ -31,7 +31,8 @@ def _normed(x_EJ, rstd_E, weight_ptr, d_J, mask_J, GEMMA: tl.constexpr, DTYPE: t
     return x_EJ.to(DTYPE).to(tl.float32)
 
 
-@triton.jit
+# These vary from step to step, and a value that is 1 or a multiple of 16 would compile anew.
+@triton.jit(do_not_specialize=["num_tokens"])
 def _qk_norm_rope_write_kernel(
     qkv_ptr,
     cos_ptr,
@@ -209,7 +210,8 @@ def qk_norm_rope_write(
     return q_THD
 
 
-@triton.jit
+# These vary from step to step, and a value that is 1 or a multiple of 16 would compile anew.
+@triton.jit(do_not_specialize=["num_tokens"])
 def _write_kv_kernel(
     key_ptr,
     value_ptr,

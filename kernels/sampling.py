@@ -28,11 +28,10 @@ def _mix(x):
 
 @triton.jit
 def _gumbel(state, token_L):
-    """Gumbel noise of (row state, token); u has 24 bits."""
+    """Gumbel noise of (row state, token). u has 23 bits: with 24 the largest would round up to 1 in float32."""
     x_L = _mix(state ^ (token_L.to(tl.uint32) * 0x9E3779B1))
-    u_L = ((x_L >> 8).to(tl.float32) + 0.5) * 5.9604644775390625e-08
-    # The largest u rounds to 1 in float32, whose noise would be infinite and win against any logit.
-    return -tl.log(-tl.log(tl.minimum(u_L, 0.99999994)))
+    u_L = ((x_L >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
+    return -tl.log(-tl.log(u_L))
 
 
 @triton.jit

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from rayinfer.kernels.sampling import greedy, sample
+from rayinfer.sampler import reference
 
 U32 = 0xFFFFFFFF
 
@@ -21,7 +22,7 @@ def _mix(x: int) -> int:
 def _gumbel(seed: int, position: int, num_tokens: int) -> torch.Tensor:
     state = _mix((seed & U32) ^ _mix((position + 0x9E3779B9) & U32))
     state = _mix(state ^ (seed >> 32))
-    u = [((_mix(state ^ (t * 0x9E3779B1 & U32)) >> 8) + 0.5) * 2.0**-24 for t in range(num_tokens)]
+    u = [((_mix(state ^ (t * 0x9E3779B1 & U32)) >> 9) + 0.5) * 2.0**-23 for t in range(num_tokens)]
     return torch.tensor([-math.log(-math.log(x)) for x in u], dtype=torch.float64)
 
 
@@ -47,7 +48,7 @@ def _want(logits_V, temperature, top_k, top_p, min_p, seed, position) -> int:
     return int(noisy_V.masked_fill(~_kept(scaled_V, top_k, top_p, min_p), float("-inf")).argmax())
 
 
-def _sample(logits_RV, rows, device):
+def _sample(logits_RV, rows, device, sample=sample):
     """`rows` are (temperature, top_k, top_p, min_p, seed, position)."""
     dtypes = (torch.float32, torch.int32, torch.float32, torch.float32, torch.int64, torch.int64)
     columns = [torch.tensor(c, dtype=d, device=device) for c, d in zip(zip(*rows, strict=True), dtypes, strict=True)]
@@ -74,6 +75,7 @@ def test_equals_torch(num_tokens, spread, device):
     logits_RV = torch.randn(len(ROWS), num_tokens) * spread
     got = _sample(logits_RV, ROWS, device).tolist()
     assert got == [_want(x, *row) for x, row in zip(logits_RV, ROWS, strict=True)]
+    assert got == _sample(logits_RV, ROWS, torch.device("cpu"), reference.sample).tolist()
 
 
 def test_half_precision_logits(dtype, device):
