@@ -83,11 +83,13 @@ class EngineThread:
                 return False
             taken = list(self._inbox)
             self._inbox.clear()
+        # All of them first: should the engine die on one, the rows behind it must be called back too.
+        self._waiters.update((request_id, (index, on_finished)) for request_id, _, index, on_finished in taken)
         for request_id, row, index, on_finished in taken:
             try:
                 self.engine.add(request_id, row)
-                self._waiters[request_id] = (index, on_finished)
             except RowError as error:
+                del self._waiters[request_id]
                 on_finished(index, failed_output(row, error, request_id))
         return True
 
