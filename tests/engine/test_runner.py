@@ -1,0 +1,92 @@
+"""A step plan is all that a runner needs: replayed on a second one, from its pickle, it yields the same step."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+
+import numpy as np
+import pytest
+
+from rayinfer import SamplingParams
+from rayinfer.scheduler import StepPlan
+from tests.engine.tiny import as_rows, ids_of, random_prompts
+
+PLAIN = (np.ndarray, int, bool, list)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_plans_replayed_on_a_second_runner(make_llm, family):
+    """The tensor-parallel seam: rank 1 sees pickled plans and nothing else, and stays in step with rank 0."""
+    cut = {"block_size": 4, "num_gpu_blocks_override": 22, "max_model_len": 84, "max_num_batched_tokens": 20}
+    first, second = make_llm(family, run_ahead=1, **cut), make_llm(family, **cut).engine.runner
+    launch, num_steps = first.engine.runner.launch, 0
+
+    def both(plan: StepPlan):
+        nonlocal num_steps
+        num_steps += 1
+        for field in dataclasses.fields(plan):
+            assert isinstance(getattr(plan, field.name), PLAIN), field.name
+        handle, other = launch(plan), second.launch(pickle.loads(pickle.dumps(plan)))
+        ours, theirs = handle.read(), other.read()
+        np.testing.assert_array_equal(ours.token_ids, theirs.token_ids)
+        for mine, its in ((ours.logprobs, theirs.logprobs), (ours.prompt_logprobs, theirs.prompt_logprobs)):
+            assert (mine is None) == (its is None)
+            if mine is not None:
+                np.testing.assert_array_equal(mine.values, its.values)
+                np.testing.assert_array_equal(mine.ids, its.ids)
+        return handle
+
+    first.engine.runner.launch = both
+    params = [
+        SamplingParams(
+            temperature=i % 2, seed=i, max_tokens=20, min_tokens=9, logprobs=i, prompt_logprobs=2 * i or None
+        )
+        for i in range(3)
+    ] * 3
+    outputs = first.generate(as_rows(random_prompts(9)), params, use_tqdm=False)
+    assert all(output.error_type is None for output in outputs)
+    assert first.engine.snapshot().num_preemptions > 0
+    assert num_steps > 30
+    tables = (runner.block_table_SP for runner in (first.engine.runner, second))
+    assert next(tables).equal(next(tables))
+
+
+def test_steps_without_samples(make_llm, reference_of):
+    """Chunks that leave prompt tokens for later yield nothing, and nothing is read for them."""
+    prompt = random_prompts(1, 38, 39)[0]
+    llm = make_llm("llama", max_num_batched_tokens=8)
+    launch, shapes = llm.engine.runner.launch, []
+
+    def recorded(plan):
+        handle = launch(plan)
+        shapes.append((int(plan.num_new.sum()), handle.read().token_ids.shape))
+        return handle
+
+    llm.engine.runner.launch = recorded
+    output = llm.generate(as_rows([prompt]), SamplingParams(temperature=0, max_tokens=2), use_tqdm=False)
+    assert shapes == [(8, (0, 1))] * 4 + [(6, (1, 1)), (1, (1, 1))]
+    assert ids_of(output)[0] == reference_of("llama").generate(prompt, 2)
+
+
+def test_memory_follows_the_setting(make_llm):
+    """2 layers, 2 KV heads of 8, fp32, 4 tokens: 1 KiB a block; never more than all slots can use."""
+    runner = make_llm("llama", block_size=4).engine.runner
+    assert runner.bytes_per_block() == 2 * 2 * 2 * 8 * 4 * 4
+    few = make_llm("llama", block_size=4, cpu_kv_cache_gib=100 * 1024 / 2**30)
+    assert few.engine.pool.num_blocks == 100
+    most = make_llm("llama", block_size=4, cpu_kv_cache_gib=1.0, max_num_seqs=3)
+    assert most.engine.pool.num_blocks == 3 * 128 // 4 + 1
+    caches = most.engine.model._state.caches
+    assert sum(c.k_NSKD.nbytes + c.v_NSKD.nbytes for c in caches) == most.engine.pool.num_blocks * 1024
+
+
+def test_block_zero_stays_zero(make_llm):
+    """Padding points at it, so nothing may ever write it."""
+    llm = make_llm("gemma3", block_size=4, num_gpu_blocks_override=22, max_model_len=84, max_num_batched_tokens=7)
+    llm.generate(as_rows(random_prompts(8)), SamplingParams(temperature=0, max_tokens=20), use_tqdm=False)
+    assert llm.engine.snapshot().num_preemptions > 0
+    for cache in llm.engine.model._state.caches:
+        assert not cache.k_NSKD[0].any()
+        assert not cache.v_NSKD[0].any()
+        assert cache.k_NSKD[1:].any()
