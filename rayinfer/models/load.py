@@ -43,6 +43,8 @@ def load_model(config: EngineConfig) -> Model:
     """
     source, hf_config, info = _inspect(config)
     device = resolve_device(config)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device = {config.device!r}: torch sees no GPU here")
     if config.load_format == "dummy":
         module = _dummy(config, hf_config, info.dtype, device)
     else:
@@ -56,16 +58,13 @@ def load_model(config: EngineConfig) -> Model:
 
 
 def resolve_device(config: EngineConfig) -> torch.device:
-    """The torch device that config.device names; "auto" is a GPU if there is one."""
+    """The torch device that config.device names, present or not; "auto" is a GPU if there is one here."""
     if config.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(config.device)
+        return torch.device(config.device)
     except RuntimeError:
         raise ConfigError(f"device = {config.device!r}: want auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device = {config.device!r}: torch sees no GPU here")
-    return device
 
 
 def _inspect(config: EngineConfig) -> tuple[Source, PreTrainedConfig, ModelInfo]:
@@ -121,7 +120,10 @@ def _read_config(config: EngineConfig, source: Source) -> PreTrainedConfig:
                 "trust_remote_code=True"
             ) from None
         kind = UnsupportedModelError if "architecture" in str(error) else ConfigError
-        raise kind(f"model = {config.model!r}: its config cannot be read: {reason}") from error
+        what = (
+            "its header cannot be read, or the file is cut short" if source.gguf_file else "its config cannot be read"
+        )
+        raise kind(f"model = {config.model!r}: {what}: {reason}") from error
 
 
 @functools.lru_cache(maxsize=4)

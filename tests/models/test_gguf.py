@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rayinfer.config import EngineConfig
+from rayinfer.errors import ConfigError
 from rayinfer.models.load import inspect_model, load_model
 
 FILE = Path(__file__).resolve().parents[2] / ".cache" / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -26,6 +27,12 @@ def test_info():
     assert (info.architecture, info.num_layers, info.hidden_size) == ("LlamaForCausalLM", 30, 576)
     assert (info.vocab_size, info.max_position_embeddings, info.eos_token_ids) == (49152, 8192, (2,))
     assert info.dtype == torch.float32
+
+
+def test_file_cut_short(tmp_path):
+    (tmp_path / "cut.gguf").write_bytes(FILE.read_bytes()[:-1000])
+    with pytest.raises(ConfigError, match=r"cut\.gguf.*cut short"):
+        inspect_model(EngineConfig(model=str(tmp_path / "cut.gguf"), device="cpu"))
 
 
 @pytest.mark.parametrize("fuse", [True, False], ids=["fused", "unfused"])

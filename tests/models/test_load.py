@@ -191,7 +191,7 @@ def test_gguf_files(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGML" + bytes(64))
     refuse(tmp_path / "model.gguf", "not a GGUF file")
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(64))
-    refuse(tmp_path / "model.gguf", "config cannot be read")
+    refuse(tmp_path / "model.gguf", "header cannot be read")
 
 
 def test_length_beyond_the_model(make_family):
@@ -239,6 +239,18 @@ def test_device_names(make_family):
     folder = make_family("llama").folder
     with pytest.raises(ConfigError, match="device = 'tpu'"):
         inspect_model(EngineConfig(model=folder, device="tpu"))
+
+
+def test_dtype_follows_the_device(make_family):
+    """The driver that inspects may lack the GPU that the engine will have."""
+    folder = make_family("llama").folder
+    for device, dtype, expected in [
+        ("cpu", "auto", torch.float32),
+        ("cuda", "auto", torch.bfloat16),
+        ("cuda", "float16", torch.float16),
+        ("cpu", "bfloat16", torch.bfloat16),
+    ]:
+        assert inspect_model(EngineConfig(model=folder, device=device, dtype=dtype)).dtype == expected
 
 
 def test_info(make_family, tmp_path):
