@@ -219,7 +219,9 @@ def _sampling_cases(dry: bool) -> Iterator[Case]:
             return greedy(logits)
 
         def check_best(best=best, logits=logits):
-            return float((best() != logits.float().argmax(1)).sum()) * 2
+            tied = logits == logits.amax(1, keepdim=True)
+            lowest = torch.where(tied, torch.arange(logits.shape[1], device=DEVICE), logits.shape[1]).amin(1)
+            return float((best() != lowest).sum()) * 2
 
         yield Case(f"greedy {label}", best, check_best, size)
         filters = {"": (0, 1.0), " k50": (50, 1.0), " p.9": (0, 0.9), " k50 p.9": (50, 0.9), " flat p.9": (0, 0.9)}

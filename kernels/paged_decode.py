@@ -236,6 +236,7 @@ def paged_decode(
     """
     num_rows, num_heads, head_dim = q_BHD.shape
     num_kv_heads, group = k_NSKD.shape[2], num_heads // k_NSKD.shape[2]
+    device = q_BHD.device
     check_cache(k_NSKD, v_NSKD)
     assert q_BHD.stride(2) == 1
     assert block_table_BP.stride(1) == 1
@@ -247,14 +248,13 @@ def paged_decode(
     block_n, num_warps, num_stages, programs_per_sm = _launch_shape(block_d, q_BHD.element_size())
     split = num_programs != 0
     if num_programs is None:
-        num_programs = programs_per_sm * num_processors(q_BHD.device)
+        num_programs = programs_per_sm * num_processors(device)
     if not split:
         num_programs = num_rows * num_kv_heads
     num_parts = 2 * num_programs if split else 0
-    scratch = dict(device=q_BHD.device, dtype=torch.float32)
-    part = torch.empty(num_parts, group, head_dim, **scratch)
-    lse = torch.empty(num_parts, group, **scratch)
-    task = torch.empty(num_parts, device=q_BHD.device, dtype=torch.int32)
+    part = torch.empty(num_parts, group, head_dim, device=device, dtype=torch.float32)
+    lse = torch.empty(num_parts, group, device=device, dtype=torch.float32)
+    task = torch.empty(num_parts, device=device, dtype=torch.int32)
     _decode_kernel[(num_programs,)](
         q_BHD,
         k_NSKD,
