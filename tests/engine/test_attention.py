@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from rayinfer.attention import LayerSpec, StepMeta, get_backend
-from rayinfer.config import EngineConfig
 
 BLOCK_SIZE = 4
 # (tokens in the cache once the step is written, tokens of this step): decodes first.
@@ -104,9 +103,3 @@ def test_half_precision(dtype):
     got, want = _run(LayerSpec(0, 6, 2, 16, 0.25, 7), MIXED, dtype)
     assert got.dtype == dtype
     torch.testing.assert_close(got.double(), want, atol=3e-2, rtol=3e-2)
-
-
-def test_backend_names():
-    cpu = torch.device("cpu")
-    assert get_backend("auto", cpu).name == get_backend("torch", cpu).name == "torch"
-    assert EngineConfig.parse(model="m").decode_backend == "auto"

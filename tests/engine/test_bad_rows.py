@@ -113,6 +113,7 @@ def test_generate_and_chat(llm):
     assert [output.error_type for output in two] == [None, "INVALID_PROMPT"]
     other = llm.chat(messages, GREEDY, chat_template="{{ messages[0].content }} x", use_tqdm=False)
     assert other[0].prompt == "hello x"
+    assert llm.generate([], GREEDY, use_tqdm=False) == llm.chat([], GREEDY, use_tqdm=False) == []
     with pytest.raises(ConfigError, match="sampling_params has 1 entries for 2 prompts"):
         llm.generate(["a", "b"], [GREEDY], use_tqdm=False)
     with pytest.raises(ConfigError, match="on_error = 'skip'"):

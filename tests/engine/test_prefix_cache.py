@@ -200,15 +200,16 @@ def test_rows_of_one_step_hold_one_copy(make_llm):
         engine.step()
 
 
-def test_generated_tokens_are_reused(make_llm):
+@pytest.mark.parametrize("run_ahead", [0, 1])
+def test_generated_tokens_are_reused(make_llm, run_ahead):
     """A conversation's next turn finds the answer of the last one in the cache."""
-    llm = make_llm("llama", block_size=4)
+    llm = make_llm("llama", run_ahead, block_size=4)
     prompt = random_prompts(1, 20, 21)[0]
     params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
     answer = ids_of(llm.generate(as_rows([prompt]), params, use_tqdm=False))[0]
     output = llm.generate(as_rows([prompt + answer + [7, 8]]), params, use_tqdm=False)[0]
-    # The KV of an answer's last token is never computed: 20 + 8 tokens, 7 blocks.
-    assert output.num_cached_tokens == (20 + 9 - 1) // 4 * 4
+    # The KV of an answer's last token is never needed; a step ahead, the token before it was known too late as well.
+    assert output.num_cached_tokens == (20 + 9 - 1 - run_ahead) // 4 * 4
 
 
 def test_eviction_under_pressure_changes_no_token(make_llm, reference_of):
