@@ -49,14 +49,17 @@ def num_kv_blocks(config: EngineConfig, runner: Runner, max_num_seqs: int, max_n
 
 
 def _gpu_bytes(config: EngineConfig, runner: Runner, max_num_seqs: int, max_num_batched_tokens: int) -> int:
-    """Bytes left for KV after a trial step of the largest size, which also compiles the prompt kernels."""
+    """Bytes left for KV after trial steps of the largest size, which also compile the kernels."""
     runner.allocate(2)
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(runner.device)
     before = torch.cuda.memory_allocated(runner.device)
+    captured, runner.graphs = runner.graphs, None  # a graph would keep the addresses of the trial's cache
     for greedy in (True, False):
         runner.launch(_trial_plan(runner, max_num_seqs, max_num_batched_tokens, greedy)).read()
+        runner.launch(_trial_plan(runner, max_num_seqs, max_num_seqs, greedy)).read()
+    runner.graphs = captured
     step = torch.cuda.max_memory_allocated(runner.device) - before
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(runner.device)
@@ -64,18 +67,18 @@ def _gpu_bytes(config: EngineConfig, runner: Runner, max_num_seqs: int, max_num_
     return int(total * config.gpu_memory_utilization) - (total - free) - int(step * 1.05) - graphs
 
 
-def _trial_plan(runner: Runner, max_num_seqs: int, max_num_batched_tokens: int, greedy: bool) -> StepPlan:
-    """Prompt chunks of every row at once, `max_num_batched_tokens` tokens in all; block 0 stands for all KV."""
-    num_rows = min(max_num_seqs, max_num_batched_tokens // 2) or 1
-    each = np.full(num_rows, max_num_batched_tokens // num_rows, np.int32)
-    each[0] += max_num_batched_tokens - each.sum()
+def _trial_plan(runner: Runner, max_num_seqs: int, num_tokens: int, greedy: bool) -> StepPlan:
+    """As many rows as fit, `num_tokens` tokens in all (decodes if that is one each); block 0 stands for all KV."""
+    num_rows = min(max_num_seqs, num_tokens)
+    each = np.full(num_rows, num_tokens // num_rows, np.int32)
+    each[0] += num_tokens - each.sum()
     each = np.minimum(each, runner.max_model_len)
     rows = np.arange(num_rows, dtype=np.int32)
     return StepPlan(
         slots=rows,
         starts=np.zeros(num_rows, np.int32),
         num_new=each,
-        num_decodes=0,
+        num_decodes=num_rows if num_tokens == num_rows else 0,
         token_ids=np.zeros(int(each.sum()), np.int32),
         samples=rows,
         new_blocks=np.zeros((0, 3), np.int32),
