@@ -101,9 +101,14 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """Launch the next step, then read the one before it; returns the rows that it finished."""
-        step = self.scheduler.schedule()
+        try:
+            step = self.scheduler.schedule()
+            if step is not None:
+                self._in_flight.append((step, self.runner.launch(step.plan)))
+        except BaseException:  # Ctrl-C too: the prefix cache knows blocks that this step was to write
+            self.reset_prefix_cache()
+            raise
         if step is not None:
-            self._in_flight.append((step, self.runner.launch(step.plan)))
             self.stats.num_steps += 1
             if len(self._in_flight) <= self.runner.run_ahead:
                 return []

@@ -204,25 +204,25 @@ def test_nan_raises_with_the_row_number(make_llm, nan_folder, run_ahead):
     assert [output.error_type for output in outputs] == [None, None]
 
 
-def test_interrupt_leaves_the_engine_usable(make_llm, monkeypatch):
-    """Ctrl-C in the middle of a call: rows are dropped, the next call answers as if nothing had been."""
-    llm = make_llm("llama", run_ahead=1)
-    rows = as_rows(random_prompts(5))
-    want = ids_of(llm.generate(rows, GREEDY, use_tqdm=False))
-    step, num_steps = llm.engine.step, 0
+@pytest.mark.parametrize("num_launches", [0, 3])
+def test_interrupt_leaves_the_engine_usable(make_llm, reference_of, num_launches):
+    """Ctrl-C in the middle of a step: its KV was not written, and the same prompts again must not find it."""
+    llm = make_llm("llama", run_ahead=1, block_size=4, max_num_batched_tokens=24)
+    prompts = random_prompts(5, 20, 30)
+    launch = llm.engine.runner.launch
 
-    def interrupted():
-        nonlocal num_steps
-        num_steps += 1
-        if num_steps == 4:
+    def interrupted(plan):
+        if llm.engine.stats.num_steps == num_launches:
             raise KeyboardInterrupt
-        return step()
+        return launch(plan)
 
-    monkeypatch.setattr(llm.engine, "step", interrupted)
+    llm.engine.runner.launch = interrupted
     with pytest.raises(KeyboardInterrupt):
-        llm.generate(rows, GREEDY, use_tqdm=False)
+        llm.generate(as_rows(prompts), GREEDY, use_tqdm=False)
     assert not llm.engine.has_work
-    assert ids_of(llm.generate(rows, GREEDY, use_tqdm=False)) == want
+    llm.engine.runner.launch = launch
+    want = [reference_of("llama").generate(prompt, 8, eos_token_id=-1) for prompt in prompts]
+    assert ids_of(llm.generate(as_rows(prompts), GREEDY, use_tqdm=False)) == want
 
 
 def test_abort(make_llm, reference_of):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rayinfer.engine import Engine
@@ -179,7 +179,7 @@ def engine(folder_of) -> Engine:
     return Engine(config)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_every_row_gets_its_tokens(engine, data):
     block_size = data.draw(st.sampled_from([1, 2, 4, 8]), "block_size")

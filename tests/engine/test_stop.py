@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -204,7 +204,7 @@ def test_stop_string_after_min_tokens(scripted, tokenizer):
     assert output.token_ids == script[: len(output.token_ids)]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_stop_strings_of_any_text(tokenizer, data):
     """Token by token over random ids, against decoding everything each time."""
