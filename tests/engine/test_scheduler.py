@@ -57,6 +57,7 @@ class Device:
     last: dict[int, int] = field(default_factory=dict)
     seeds: dict[int, int] = field(default_factory=dict)
     order: list[int] = field(default_factory=list)  # seeds of rows as they came in
+    limits: dict[int, int] = field(default_factory=dict)  # seed -> most tokens, whose last one is never computed
 
     def launch(self, plan: StepPlan) -> Handle:
         self._check(plan)
@@ -127,6 +128,7 @@ class Device:
         for slot, start, tokens in inputs:
             cells = [self._cell(slot, position) for position in range(start + len(tokens))]
             assert len(set(cells)) == len(cells)
+            assert len(cells) < self.limits.get(self.seeds[slot], 10**9)
             whole = self.memory[cells[-1]]
             assert [self.memory[cell] for cell in cells] == [whole[: i + 1] for i in range(len(whole))]
             prefixes.append(whole)
@@ -210,7 +212,9 @@ def test_every_row_gets_its_tokens(engine, data):
         for index, row in enumerate(given_rows):
             if arrivals[index] == step:
                 engine.add(str(index), row)
-                in_order.append(engine._requests[str(index)].seed)
+                request = engine._requests[str(index)]
+                in_order.append(request.seed)
+                device.limits[request.seed] = request.max_total_tokens
             if aborted.get(index) == step and (output := engine.abort(str(index))) is not None:
                 outputs[index] = output
         for output in engine.step():
