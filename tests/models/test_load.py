@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from rayinfer.config import EngineConfig
 from rayinfer.errors import ConfigError, UnsupportedModelError
 from rayinfer.models.load import inspect_model, load_model
+from rayinfer.models.paged import ATTENTION, discover
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -204,6 +205,8 @@ def test_dynamic_rope(make_family, run_rows):
     config = EngineConfig(model=family.folder, hf_overrides=overrides, device="cpu")
     model = load_model(config)  # static as long as the model's own length is kept
     rows = [list(range(3, 40))]
+    with torch.device("meta"):  # and then no forward reads the lengths: on meta tensors it could not
+        discover(AutoModelForCausalLM.from_config(model.module.config, attn_implementation=ATTENTION))
     reference = family.reference(rope_parameters=rope)
     torch.testing.assert_close(
         run_rows(model, rows, [37], 16)[0], reference(torch.tensor(rows)).logits[0], rtol=0, atol=1e-4
@@ -279,6 +282,8 @@ def test_dummy_weights(make_family, tmp_path, family_name, run_rows):
     config = EngineConfig(model=str(tmp_path), load_format="dummy", device="cpu", fuse=False)
     first, second = load_model(config), load_model(config)
     state = first.module.state_dict()
+    tied = first.module.lm_head.weight is first.module.model.embed_tokens.weight
+    assert tied == first.module.config.tie_word_embeddings == (family_name != "llama")
     for name, value in second.module.state_dict().items():
         torch.testing.assert_close(value, state[name], rtol=0, atol=0)
     fresh = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
