@@ -24,7 +24,9 @@ class TorchBackend:
         self, spec: LayerSpec, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> LayerCache:
         shape = (num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
-        return LayerCache(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+        return LayerCache(
+            torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
+        )
 
     def write(self, k_TKD: torch.Tensor, v_TKD: torch.Tensor, cache: LayerCache, meta: StepMeta) -> None:
         from rayinfer.ops import get_ops
