@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from rayinfer import LLM
-from tests.engine.tiny import FAMILIES, Reference, save_model
+from tests.engine.tiny import FAMILIES, TINY, Reference, save_model
 
 MERGES = [("t", "h"), ("th", "e"), ("e", "n"), ("en", "d"), ("Ġ", "the"), ("Ċ", "Ċ"), ("Ã", "©")]
 
@@ -38,8 +38,8 @@ def make_llm(folder_of):
     made = []
 
     def make(model: str, run_ahead: int = 0, **kwargs) -> LLM:
-        defaults = {"num_threads": 1, "skip_tokenizer_init": True, "cpu_kv_cache_gib": 0.05, "max_num_seqs": 8}
-        llm = LLM(folder_of(model) if model in FAMILIES else model, **{**defaults, **kwargs})
+        defaults = {"skip_tokenizer_init": True, "max_num_seqs": 8}
+        llm = LLM(folder_of(model) if model in FAMILIES else model, **{**TINY, **defaults, **kwargs})
         llm.engine.runner.run_ahead = run_ahead
         made.append(llm)
         return llm

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from rayinfer import LLM, SamplingParams
 from rayinfer.config import EngineConfig
 from rayinfer.errors import ConfigError, ErrorType, RowError
+from tests.engine.tiny import TINY
 
 
 @pytest.mark.parametrize(
@@ -125,7 +126,7 @@ def test_long_values_stay_out_of_the_text():
 )  # fmt: skip
 def test_engine_refuses(folder_of, kwargs, texts):
     with pytest.raises(ConfigError) as caught:
-        LLM(folder_of("llama"), **{"num_threads": 1, "skip_tokenizer_init": True, **kwargs})
+        LLM(folder_of("llama"), **{**TINY, "skip_tokenizer_init": True, **kwargs})
     for text in texts:
         assert text in str(caught.value)
 

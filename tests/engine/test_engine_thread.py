@@ -12,7 +12,7 @@ from rayinfer.config import EngineConfig
 from rayinfer.engine_thread import EngineThread
 from rayinfer.errors import ConfigError
 from rayinfer.inputs import EncodedRow
-from tests.engine.tiny import as_rows, ids_of, random_prompts
+from tests.engine.tiny import TINY, as_rows, ids_of, random_prompts
 
 PARAMS = SamplingParams(temperature=1.0, seed=5, max_tokens=10, ignore_eos=True)
 PROMPTS = random_prompts(24)
@@ -42,8 +42,8 @@ def make_thread(folder_of):
     made = []
 
     def make(**kwargs) -> EngineThread:
-        defaults = {"skip_tokenizer_init": True, "num_threads": 1, "cpu_kv_cache_gib": 0.05, "max_num_seqs": 8}
-        made.append(EngineThread(EngineConfig.parse(model=folder_of("llama"), **{**defaults, **kwargs})))
+        defaults = {"skip_tokenizer_init": True, "max_num_seqs": 8}
+        made.append(EngineThread(EngineConfig.parse(model=folder_of("llama"), **{**TINY, **defaults, **kwargs})))
         return made[-1]
 
     yield make

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from rayinfer.config import EngineConfig
 from rayinfer.engine import Engine
 from rayinfer.inputs import EncodedRow
 from rayinfer.kv_cache import BlockPool
@@ -22,7 +23,7 @@ from rayinfer.runner import StepResult
 from rayinfer.runner.runner import TopLogprobs
 from rayinfer.sampling import SamplingParams
 from rayinfer.scheduler import DEVICE_TOKEN, Scheduler, StepPlan
-from tests.engine.tiny import EOS
+from tests.engine.tiny import EOS, TINY
 
 NAN = -1
 
@@ -173,15 +174,13 @@ def rows(draw) -> EncodedRow:
 @pytest.fixture(scope="module")
 def engine(folder_of) -> Engine:
     """A real engine; the tests below give it another pool, scheduler and device."""
-    from rayinfer.config import EngineConfig
-
     config = EngineConfig.parse(
-        model=folder_of("llama"), skip_tokenizer_init=True, num_threads=1, num_gpu_blocks_override=2, max_num_seqs=1
+        model=folder_of("llama"), **TINY, skip_tokenizer_init=True, num_gpu_blocks_override=2, max_num_seqs=1
     )
     return Engine(config)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_every_row_gets_its_tokens(engine, data):
     block_size = data.draw(st.sampled_from([1, 2, 4, 8]), "block_size")

@@ -14,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from rayinfer import LLM, SamplingParams
 from rayinfer.request import Request
 from rayinfer.text import final_text, find_stop_string
+from tests.engine.tiny import TINY
 
 SCRIPT = "naïve 🙂🙂 the end, 日本語<tool> the the end\n\nfin<eos>after<eos>"
 LENGTH = 80
@@ -41,7 +42,7 @@ def scripted(tmp_path_factory, tokenizer) -> tuple[LLM, list[int]]:
     script += [0] * (LENGTH - len(script))
     save_scripted(folder, script, len(tokenizer), tokenizer.eos_token_id)
     tokenizer.save_pretrained(folder)
-    return LLM(folder, num_threads=1, max_num_seqs=64, cpu_kv_cache_gib=0.01), script
+    return LLM(folder, **TINY, max_num_seqs=64), script
 
 
 def _run(llm: LLM, *params: dict):
@@ -204,7 +205,7 @@ def test_stop_string_after_min_tokens(scripted, tokenizer):
     assert output.token_ids == script[: len(output.token_ids)]
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_stop_strings_of_any_text(tokenizer, data):
     """Token by token over random ids, against decoding everything each time."""

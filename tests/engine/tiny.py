@@ -12,6 +12,7 @@ SHAPE = {
     "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "eos_token_id": EOS, "bos_token_id": 2,
     "pad_token_id": PAD, "tie_word_embeddings": False,
 }  # fmt: skip
+TINY = {"device": "cpu", "num_threads": 1, "cpu_kv_cache_gib": 0.05}  # EngineConfig of every engine here
 FAMILIES = {
     "llama": ("llama", {}),  # 6 query heads on 2 KV heads: groups of 3
     "qwen3": ("qwen3", {"num_key_value_heads": 3}),
