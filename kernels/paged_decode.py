@@ -50,17 +50,11 @@ def _decode_kernel(
     table_ptr,
     seq_lens_ptr,
     num_rows,
-    q_stride_b,
-    q_stride_h,
-    out_stride_b,
-    out_stride_h,
+    q_strides,
+    out_strides,
     table_stride,
-    k_stride_n,
-    k_stride_s,
-    k_stride_k,
-    v_stride_n,
-    v_stride_s,
-    v_stride_k,
+    k_strides,
+    v_strides,
     scale,
     softcap,
     NUM_KV_HEADS: tl.constexpr,
@@ -109,20 +103,18 @@ def _decode_kernel(
         end = tl.minimum(stop - item_start, tiles)
         low = _first_tile(seq_len, WINDOW, BLOCK_N)
 
-        q_MD = q_ptr + row.to(tl.int64) * q_stride_b + (kv_head * GROUP + m_M)[:, None] * q_stride_h + d_D[None, :]
+        q_MD = q_ptr + row.to(tl.int64) * q_strides[0] + (kv_head * GROUP + m_M)[:, None] * q_strides[1] + d_D[None, :]
         acc_MD, max_M, sum_M = attend_tiles(
             tl.load(q_MD, mask=mask_MD, other=0.0),
             tl.full([BLOCK_M], 0, tl.int32) + (seq_len - 1),
             tl.zeros([BLOCK_M, BLOCK_D], tl.float32),
             tl.full([BLOCK_M], FLOOR, tl.float32),
             tl.zeros([BLOCK_M], tl.float32),
-            k_ptr + kv_head.to(tl.int64) * k_stride_k,
-            v_ptr + kv_head.to(tl.int64) * v_stride_k,
+            k_ptr + kv_head.to(tl.int64) * k_strides[2],
+            v_ptr + kv_head.to(tl.int64) * v_strides[2],
             table_ptr + row.to(tl.int64) * table_stride,
-            k_stride_n,
-            k_stride_s,
-            v_stride_n,
-            v_stride_s,
+            k_strides,
+            v_strides,
             seq_len,
             low + begin,
             low + end,
@@ -137,8 +129,8 @@ def _decode_kernel(
         )
         acc_MD = acc_MD / tl.where(sum_M == 0, 1.0, sum_M)[:, None]
         if (begin == 0) & (end == tiles):
-            out_MD = out_ptr + row.to(tl.int64) * out_stride_b + d_D[None, :]
-            out_MD += (kv_head * GROUP + m_M)[:, None] * out_stride_h
+            out_MD = out_ptr + row.to(tl.int64) * out_strides[0] + d_D[None, :]
+            out_MD += (kv_head * GROUP + m_M)[:, None] * out_strides[1]
             tl.store(out_MD, acc_MD.to(out_ptr.dtype.element_ty), mask=mask_MD)
         else:
             # A share touches two cut items at most: one that began before it, and one that goes on after it.
@@ -160,8 +152,7 @@ def _merge_kernel(
     lse_ptr,
     task_ptr,
     out_ptr,
-    out_stride_b,
-    out_stride_h,
+    out_strides,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -192,7 +183,7 @@ def _merge_kernel(
             high = new_high
         row = (item // NUM_KV_HEADS).to(tl.int64)
         head = (item % NUM_KV_HEADS) * GROUP + g
-        out_D = out_ptr + row * out_stride_b + head * out_stride_h + d_D
+        out_D = out_ptr + row * out_strides[0] + head * out_strides[1] + d_D
         tl.store(out_D, (acc_D / total).to(out_ptr.dtype.element_ty), mask=d_D < HEAD_DIM)
 
 
@@ -266,13 +257,11 @@ def paged_decode(
         block_table_BP,
         seq_lens_B,
         num_rows,
-        q_BHD.stride(0),
-        q_BHD.stride(1),
-        out_BHD.stride(0),
-        out_BHD.stride(1),
+        q_BHD.stride()[:2],
+        out_BHD.stride()[:2],
         block_table_BP.stride(0),
-        *k_NSKD.stride()[:3],
-        *v_NSKD.stride()[:3],
+        k_NSKD.stride()[:3],
+        v_NSKD.stride()[:3],
         scale,
         softcap or 0.0,
         NUM_KV_HEADS=num_kv_heads,
@@ -296,8 +285,7 @@ def paged_decode(
             lse,
             task,
             out_BHD,
-            out_BHD.stride(0),
-            out_BHD.stride(1),
+            out_BHD.stride()[:2],
             NUM_KV_HEADS=num_kv_heads,
             GROUP=group,
             HEAD_DIM=head_dim,

@@ -27,17 +27,11 @@ def _prefill_kernel(
     table_ptr,
     seq_lens_ptr,
     query_start_ptr,
-    q_stride_t,
-    q_stride_h,
-    out_stride_t,
-    out_stride_h,
+    q_strides,
+    out_strides,
     table_stride,
-    k_stride_n,
-    k_stride_s,
-    k_stride_k,
-    v_stride_n,
-    v_stride_s,
-    v_stride_k,
+    k_strides,
+    v_strides,
     scale,
     softcap,
     GROUP: tl.constexpr,
@@ -69,13 +63,13 @@ def _prefill_kernel(
         head_M = kv_head * GROUP + m_M % GROUP
         token_M = (start + query_M).to(tl.int64)
         mask_MD = valid_M[:, None] & (d_D < HEAD_DIM)[None, :]
-        q_MD = q_ptr + (token_M * q_stride_t + head_M * q_stride_h)[:, None] + d_D[None, :]
+        q_MD = q_ptr + (token_M * q_strides[0] + head_M * q_strides[1])[:, None] + d_D[None, :]
         q_MD = tl.load(q_MD, mask=mask_MD, other=0.0)
         acc_MD = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         max_M = tl.full([BLOCK_M], FLOOR, tl.float32)
         sum_M = tl.zeros([BLOCK_M], tl.float32)
-        k_ptr += kv_head * k_stride_k
-        v_ptr += kv_head * v_stride_k
+        k_ptr += kv_head * k_strides[2]
+        v_ptr += kv_head * v_strides[2]
         table_ptr += row * table_stride
 
         first_pos = context + first_query
@@ -95,10 +89,8 @@ def _prefill_kernel(
                 k_ptr,
                 v_ptr,
                 table_ptr,
-                k_stride_n,
-                k_stride_s,
-                v_stride_n,
-                v_stride_s,
+                k_strides,
+                v_strides,
                 seq_len,
                 0,
                 masked_from,
@@ -120,10 +112,8 @@ def _prefill_kernel(
             k_ptr,
             v_ptr,
             table_ptr,
-            k_stride_n,
-            k_stride_s,
-            v_stride_n,
-            v_stride_s,
+            k_strides,
+            v_strides,
             seq_len,
             masked_from,
             end,
@@ -137,7 +127,7 @@ def _prefill_kernel(
             BLOCK_N,
         )
         acc_MD = acc_MD / tl.where(sum_M == 0, 1.0, sum_M)[:, None]
-        out_MD = out_ptr + (token_M * out_stride_t + head_M * out_stride_h)[:, None] + d_D[None, :]
+        out_MD = out_ptr + (token_M * out_strides[0] + head_M * out_strides[1])[:, None] + d_D[None, :]
         tl.store(out_MD, acc_MD.to(out_ptr.dtype.element_ty), mask=mask_MD)
 
 
@@ -199,13 +189,11 @@ def paged_prefill(
         block_table_RP,
         seq_lens_R,
         query_start_R1,
-        q_THD.stride(0),
-        q_THD.stride(1),
-        out_THD.stride(0),
-        out_THD.stride(1),
+        q_THD.stride()[:2],
+        out_THD.stride()[:2],
         block_table_RP.stride(0),
-        *k_NSKD.stride()[:3],
-        *v_NSKD.stride()[:3],
+        k_NSKD.stride()[:3],
+        v_NSKD.stride()[:3],
         scale,
         softcap or 0.0,
         GROUP=group,

@@ -26,10 +26,8 @@ def attend_tiles(
     k_ptr,
     v_ptr,
     table_ptr,
-    k_stride_n,
-    k_stride_s,
-    v_stride_n,
-    v_stride_s,
+    k_strides,
+    v_strides,
     seq_len,
     first,
     last,
@@ -53,8 +51,8 @@ def attend_tiles(
     for tile in range(first, last):
         token_N = tile * BLOCK_N + n_N
         slot_N = token_N % PAGE
-        k_ND = k_ptr + (page_N.to(tl.int64) * k_stride_n + slot_N * k_stride_s)[:, None] + d_D[None, :]
-        v_ND = v_ptr + (page_N.to(tl.int64) * v_stride_n + slot_N * v_stride_s)[:, None] + d_D[None, :]
+        k_ND = k_ptr + (page_N.to(tl.int64) * k_strides[0] + slot_N * k_strides[1])[:, None] + d_D[None, :]
+        v_ND = v_ptr + (page_N.to(tl.int64) * v_strides[0] + slot_N * v_strides[1])[:, None] + d_D[None, :]
         # The next tile's page numbers are asked for one tile ahead: K and V loads then wait for nothing.
         page_N = tl.load(table_ptr + (token_N + BLOCK_N) // PAGE, mask=token_N + BLOCK_N < seq_len, other=0)
         if MASKED:

@@ -10,28 +10,101 @@ import torch
 import triton
 import triton.language as tl
 
-_ROWS = 32
+_ROWS = tl.constexpr(32)  # (token, head) pairs of a program
 
 
 @triton.jit
-def _slot_offset(slot_E, stride_n, stride_s, PAGE: tl.constexpr):
+def _slot_offset(slot_E, strides, PAGE: tl.constexpr):
     """Offset of cache slots, in elements: caches hold more than 2**31 of them."""
-    return (slot_E // PAGE) * stride_n + (slot_E % PAGE) * stride_s
+    return (slot_E // PAGE) * strides[0] + (slot_E % PAGE) * strides[1]
 
 
 @triton.jit
-def _normed(x_EJ, rstd_E, weight_ptr, d_J, mask_J, GEMMA: tl.constexpr, DTYPE: tl.constexpr):
+def _normed(x_EJ, rstd_E, weight_ptr, d_J, mask_J, NORM: tl.constexpr, DTYPE: tl.constexpr):
     """RMS norm in transformers' rounding: Gemma's multiplies in float32, the others round before the weight."""
     w_J = tl.load(weight_ptr + d_J, mask=mask_J, other=0.0).to(tl.float32)
     x_EJ = x_EJ * rstd_E[:, None]
-    if GEMMA:
+    if NORM == "gemma":
         x_EJ = x_EJ * (1.0 + w_J)[None, :]
     else:
         x_EJ = x_EJ.to(DTYPE).to(tl.float32) * w_J[None, :]
     return x_EJ.to(DTYPE).to(tl.float32)
 
 
-# These vary from step to step, and a value that is 1 or a multiple of 16 would compile anew.
+@triton.jit
+def _move_heads(
+    step,
+    weight_ptr,
+    target_ptr,
+    strides,
+    block,
+    HEADS: tl.constexpr,
+    SOURCE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ROTARY: tl.constexpr,
+    NORM: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+):
+    """Take a block of (token, head) pairs of HEADS heads, from column SOURCE on, to their tokens (PAGE 0) or slots.
+
+    Values pass through as they are where ROTARY is 0: the first half of a head is then `low`, the second `high`.
+    """
+    qkv_ptr, cos_ptr, sin_ptr, positions_ptr, slots_ptr, num_tokens, qkv_stride, table_stride, eps = step
+    DTYPE: tl.constexpr = qkv_ptr.dtype.element_ty
+    TURNED: tl.constexpr = ROTARY if ROTARY > 0 else HEAD_DIM
+    HALF: tl.constexpr = TURNED // 2
+    e_E = block * _ROWS + tl.arange(0, _ROWS)
+    token_E = (e_E // HEADS).to(tl.int64)
+    head_E = e_E % HEADS
+    real_E = token_E < num_tokens
+    j_J = tl.arange(0, BLOCK_J)
+    half_J = j_J < HALF
+    mask_EJ = real_E[:, None] & half_J[None, :]
+    source_E = qkv_ptr + token_E * qkv_stride + SOURCE + head_E * HEAD_DIM
+    low_EJ = tl.load(source_E[:, None] + j_J[None, :], mask=mask_EJ, other=0.0).to(tl.float32)
+    high_EJ = tl.load(source_E[:, None] + (HALF + j_J)[None, :], mask=mask_EJ, other=0.0).to(tl.float32)
+    r_R = TURNED + tl.arange(0, BLOCK_REST)
+    mask_ER = real_E[:, None] & (r_R < HEAD_DIM)[None, :]
+    if TURNED < HEAD_DIM:
+        rest_ER = tl.load(source_E[:, None] + r_R[None, :], mask=mask_ER, other=0.0).to(tl.float32)
+
+    if NORM != "none":
+        square_E = tl.sum(low_EJ * low_EJ, 1) + tl.sum(high_EJ * high_EJ, 1)
+        if TURNED < HEAD_DIM:
+            square_E += tl.sum(rest_ER * rest_ER, 1)
+        rstd_E = tl.rsqrt(square_E / HEAD_DIM + eps)
+        low_EJ = _normed(low_EJ, rstd_E, weight_ptr, j_J, half_J, NORM, DTYPE)
+        high_EJ = _normed(high_EJ, rstd_E, weight_ptr, j_J + HALF, half_J, NORM, DTYPE)
+        if TURNED < HEAD_DIM:
+            rest_ER = _normed(rest_ER, rstd_E, weight_ptr, r_R, r_R < HEAD_DIM, NORM, DTYPE)
+    if ROTARY > 0:
+        position_E = tl.load(positions_ptr + token_E, mask=real_E, other=0)
+        angle_EJ = (position_E * table_stride)[:, None] + j_J[None, :]
+        cos_low_EJ = tl.load(cos_ptr + angle_EJ, mask=mask_EJ, other=0.0).to(tl.float32)
+        cos_high_EJ = tl.load(cos_ptr + angle_EJ + HALF, mask=mask_EJ, other=0.0).to(tl.float32)
+        sin_low_EJ = tl.load(sin_ptr + angle_EJ, mask=mask_EJ, other=0.0).to(tl.float32)
+        sin_high_EJ = tl.load(sin_ptr + angle_EJ + HALF, mask=mask_EJ, other=0.0).to(tl.float32)
+        turned_EJ = low_EJ * cos_low_EJ - high_EJ * sin_low_EJ
+        high_EJ = high_EJ * cos_high_EJ + low_EJ * sin_high_EJ
+        low_EJ = turned_EJ
+
+    if PAGE > 0:
+        slot_E = tl.load(slots_ptr + token_E, mask=real_E, other=-1)
+        real_E = slot_E >= 0
+        mask_EJ = mask_EJ & real_E[:, None]
+        mask_ER = mask_ER & real_E[:, None]
+        target_E = target_ptr + _slot_offset(slot_E, strides, PAGE) + head_E * strides[2]
+    else:
+        target_E = target_ptr + token_E * strides[0] + head_E * strides[2]
+    tl.store(target_E[:, None] + j_J[None, :], low_EJ.to(DTYPE), mask=mask_EJ)
+    tl.store(target_E[:, None] + (HALF + j_J)[None, :], high_EJ.to(DTYPE), mask=mask_EJ)
+    if TURNED < HEAD_DIM:
+        tl.store(target_E[:, None] + r_R[None, :], rest_ER.to(DTYPE), mask=mask_ER)
+
+
+# A number that varies from step to step would compile anew where it is 1 or a multiple of 16.
 @triton.jit(do_not_specialize=["num_tokens"])
 def _qk_norm_rope_write_kernel(
     qkv_ptr,
@@ -47,91 +120,52 @@ def _qk_norm_rope_write_kernel(
     num_tokens,
     qkv_stride,
     table_stride,
-    k_stride_n,
-    k_stride_s,
-    k_stride_k,
-    v_stride_n,
-    v_stride_s,
-    v_stride_k,
+    k_strides,
+    v_strides,
     eps,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     ROTARY: tl.constexpr,
     NORM: tl.constexpr,
-    GEMMA: tl.constexpr,
     PAGE: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK_J: tl.constexpr,
+    BLOCK_V: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):
-    """A program holds ROWS (token, head) pairs of one kind: first all programs of q, then those of k, then of v."""
-    DTYPE: tl.constexpr = qkv_ptr.dtype.element_ty
-    HALF: tl.constexpr = ROTARY // 2
+    """First all programs of q, then those of k, then of v."""
+    Q_WIDTH: tl.constexpr = NUM_HEADS * HEAD_DIM
+    V_START: tl.constexpr = Q_WIDTH + NUM_KV_HEADS * HEAD_DIM
+    step = (qkv_ptr, cos_ptr, sin_ptr, positions_ptr, slots_ptr, num_tokens, qkv_stride, table_stride, eps)
+    q_strides = (Q_WIDTH, 0, HEAD_DIM)
     pid = tl.program_id(0)
-    num_q = tl.cdiv(num_tokens * NUM_HEADS, ROWS)
-    num_k = tl.cdiv(num_tokens * NUM_KV_HEADS, ROWS)
-    kind = (pid >= num_q).to(tl.int32) + (pid >= num_q + num_k).to(tl.int32)
-    heads = tl.where(kind == 0, NUM_HEADS, NUM_KV_HEADS)
-    block = tl.where(kind == 0, pid, tl.where(kind == 1, pid - num_q, pid - num_q - num_k))
-    source_head = tl.where(kind == 0, 0, tl.where(kind == 1, NUM_HEADS, NUM_HEADS + NUM_KV_HEADS))
-
-    e_E = block * ROWS + tl.arange(0, ROWS)
-    token_E = (e_E // heads).to(tl.int64)
-    head_E = e_E % heads
-    real_E = token_E < num_tokens
-    j_J = tl.arange(0, BLOCK_J)
-    half_J = j_J < HALF
-    mask_EJ = real_E[:, None] & half_J[None, :]
-    x_EJ = qkv_ptr + (token_E * qkv_stride + (source_head + head_E) * HEAD_DIM)[:, None] + j_J[None, :]
-    low_EJ = tl.load(x_EJ, mask=mask_EJ, other=0.0).to(tl.float32)
-    high_EJ = tl.load(x_EJ + HALF, mask=mask_EJ, other=0.0).to(tl.float32)
-    r_R = ROTARY + tl.arange(0, BLOCK_REST)
-    mask_ER = real_E[:, None] & (r_R < HEAD_DIM)[None, :]
-    if ROTARY < HEAD_DIM:
-        x_ER = qkv_ptr + (token_E * qkv_stride + (source_head + head_E) * HEAD_DIM)[:, None] + r_R[None, :]
-        rest_ER = tl.load(x_ER, mask=mask_ER, other=0.0).to(tl.float32)
+    num_q = tl.cdiv(num_tokens * NUM_HEADS, _ROWS)
+    num_k = tl.cdiv(num_tokens * NUM_KV_HEADS, _ROWS)
+    if pid < num_q:
+        _move_heads(
+            step, q_weight_ptr, q_ptr, q_strides, pid, NUM_HEADS, 0, HEAD_DIM, ROTARY, NORM, 0, BLOCK_J, BLOCK_REST
+        )
+    elif pid < num_q + num_k:
+        _move_heads(
+            step,
+            k_weight_ptr,
+            k_ptr,
+            k_strides,
+            pid - num_q,
+            NUM_KV_HEADS,
+            Q_WIDTH,
+            HEAD_DIM,
+            ROTARY,
+            NORM,
+            PAGE,
+            BLOCK_J,
+            BLOCK_REST,
+        )
     else:
-        rest_ER = tl.zeros([ROWS, BLOCK_REST], tl.float32)
-
-    if kind < 2:
-        if NORM:
-            weight_ptr = q_weight_ptr if kind == 0 else k_weight_ptr
-            square_E = tl.sum(low_EJ * low_EJ, 1) + tl.sum(high_EJ * high_EJ, 1) + tl.sum(rest_ER * rest_ER, 1)
-            rstd_E = tl.rsqrt(square_E / HEAD_DIM + eps)
-            low_EJ = _normed(low_EJ, rstd_E, weight_ptr, j_J, half_J, GEMMA, DTYPE)
-            high_EJ = _normed(high_EJ, rstd_E, weight_ptr, j_J + HALF, half_J, GEMMA, DTYPE)
-            if ROTARY < HEAD_DIM:
-                rest_ER = _normed(rest_ER, rstd_E, weight_ptr, r_R, r_R < HEAD_DIM, GEMMA, DTYPE)
-        position_E = tl.load(positions_ptr + token_E, mask=real_E, other=0)
-        angle_EJ = (position_E * table_stride)[:, None] + j_J[None, :]
-        cos_low_EJ = tl.load(cos_ptr + angle_EJ, mask=mask_EJ, other=0.0).to(tl.float32)
-        cos_high_EJ = tl.load(cos_ptr + angle_EJ + HALF, mask=mask_EJ, other=0.0).to(tl.float32)
-        sin_low_EJ = tl.load(sin_ptr + angle_EJ, mask=mask_EJ, other=0.0).to(tl.float32)
-        sin_high_EJ = tl.load(sin_ptr + angle_EJ + HALF, mask=mask_EJ, other=0.0).to(tl.float32)
-        turned_EJ = low_EJ * cos_low_EJ - high_EJ * sin_low_EJ
-        high_EJ = high_EJ * cos_high_EJ + low_EJ * sin_high_EJ
-        low_EJ = turned_EJ
-
-    if kind == 0:
-        target_E = (token_E * NUM_HEADS + head_E) * HEAD_DIM
-        target_ptr = q_ptr
-    else:
-        slot_E = tl.load(slots_ptr + token_E, mask=real_E, other=-1)
-        real_E = real_E & (slot_E >= 0)
-        if kind == 1:
-            target_E = _slot_offset(slot_E, k_stride_n, k_stride_s, PAGE) + head_E * k_stride_k
-            target_ptr = k_ptr
-        else:
-            target_E = _slot_offset(slot_E, v_stride_n, v_stride_s, PAGE) + head_E * v_stride_k
-            target_ptr = v_ptr
-    mask_EJ = mask_EJ & real_E[:, None]
-    target_EJ = target_ptr + target_E[:, None] + j_J[None, :]
-    tl.store(target_EJ, low_EJ.to(DTYPE), mask=mask_EJ)
-    tl.store(target_EJ + HALF, high_EJ.to(DTYPE), mask=mask_EJ)
-    if ROTARY < HEAD_DIM:
-        target_ER = target_ptr + target_E[:, None] + r_R[None, :]
-        tl.store(target_ER, rest_ER.to(DTYPE), mask=mask_ER & real_E[:, None])
+        block = pid - num_q - num_k
+        _move_heads(
+            step, k_weight_ptr, v_ptr, v_strides, block, NUM_KV_HEADS, V_START, HEAD_DIM, 0, "none", PAGE, BLOCK_V, 1
+        )
 
 
 def qk_norm_rope_write(
@@ -169,15 +203,16 @@ def qk_norm_rope_write(
     num_tokens, rotary = qkv_TC.shape[0], cos_MR.shape[1]
     assert qkv_TC.shape[1] == (num_heads + 2 * num_kv_heads) * head_dim
     assert qkv_TC.stride(1) == 1
-    assert rotary <= head_dim
-    assert rotary % 2 == 0
+    assert 0 < rotary <= head_dim
+    assert rotary % 2 == head_dim % 2 == 0
     assert cos_MR.stride() == sin_MR.stride() == (rotary, 1)
     assert (q_weight is None) == (k_weight is None)
     assert k_NSKD.stride(3) == v_NSKD.stride(3) == 1
     q_THD = torch.empty(num_tokens, num_heads, head_dim, dtype=qkv_TC.dtype, device=qkv_TC.device)
     if num_tokens == 0:
         return q_THD
-    num_programs = triton.cdiv(num_tokens * num_heads, _ROWS) + 2 * triton.cdiv(num_tokens * num_kv_heads, _ROWS)
+    rows = _ROWS.value
+    num_programs = triton.cdiv(num_tokens * num_heads, rows) + 2 * triton.cdiv(num_tokens * num_kv_heads, rows)
     _qk_norm_rope_write_kernel[(num_programs,)](
         qkv_TC,
         cos_MR,
@@ -192,20 +227,19 @@ def qk_norm_rope_write(
         num_tokens,
         qkv_TC.stride(0),
         rotary,
-        *k_NSKD.stride()[:3],
-        *v_NSKD.stride()[:3],
+        k_NSKD.stride()[:3],
+        v_NSKD.stride()[:3],
         eps,
         NUM_HEADS=num_heads,
         NUM_KV_HEADS=num_kv_heads,
         HEAD_DIM=head_dim,
         ROTARY=rotary,
-        NORM=q_weight is not None,
-        GEMMA=gemma,
+        NORM="none" if q_weight is None else "gemma" if gemma else "llama",
         PAGE=k_NSKD.shape[1],
-        ROWS=_ROWS,
         BLOCK_J=triton.next_power_of_2(rotary // 2),
+        BLOCK_V=triton.next_power_of_2(head_dim // 2),
         BLOCK_REST=triton.next_power_of_2(max(1, head_dim - rotary)),
-        num_warps=4,
+        num_warps=4 if head_dim <= 128 else 8,
     )
     return q_THD
 
@@ -219,32 +253,25 @@ def _write_kv_kernel(
     k_ptr,
     v_ptr,
     num_tokens,
-    key_stride_t,
-    key_stride_k,
-    value_stride_t,
-    value_stride_k,
-    k_stride_n,
-    k_stride_s,
-    k_stride_k,
-    v_stride_n,
-    v_stride_s,
-    v_stride_k,
+    key_strides,
+    value_strides,
+    k_strides,
+    v_strides,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    e_E = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    e_E = tl.program_id(0) * _ROWS + tl.arange(0, _ROWS)
     token_E = (e_E // NUM_KV_HEADS).to(tl.int64)
     head_E = e_E % NUM_KV_HEADS
     d_D = tl.arange(0, BLOCK_D)
     slot_E = tl.load(slots_ptr + token_E, mask=token_E < num_tokens, other=-1)
     mask_ED = (slot_E >= 0)[:, None] & (d_D < HEAD_DIM)[None, :]
-    key_E = token_E * key_stride_t + head_E * key_stride_k
-    value_E = token_E * value_stride_t + head_E * value_stride_k
-    k_E = _slot_offset(slot_E, k_stride_n, k_stride_s, PAGE) + head_E * k_stride_k
-    v_E = _slot_offset(slot_E, v_stride_n, v_stride_s, PAGE) + head_E * v_stride_k
+    key_E = token_E * key_strides[0] + head_E * key_strides[1]
+    value_E = token_E * value_strides[0] + head_E * value_strides[1]
+    k_E = _slot_offset(slot_E, k_strides, PAGE) + head_E * k_strides[2]
+    v_E = _slot_offset(slot_E, v_strides, PAGE) + head_E * v_strides[2]
     key_ED = tl.load(key_ptr + key_E[:, None] + d_D[None, :], mask=mask_ED)
     value_ED = tl.load(value_ptr + value_E[:, None] + d_D[None, :], mask=mask_ED)
     tl.store(k_ptr + k_E[:, None] + d_D[None, :], key_ED, mask=mask_ED)
@@ -266,21 +293,20 @@ def write_kv(
     assert k_TKD.stride(2) == v_TKD.stride(2) == k_NSKD.stride(3) == v_NSKD.stride(3) == 1
     if num_tokens == 0:
         return
-    _write_kv_kernel[(triton.cdiv(num_tokens * num_kv_heads, _ROWS),)](
+    _write_kv_kernel[(triton.cdiv(num_tokens * num_kv_heads, _ROWS.value),)](
         k_TKD,
         v_TKD,
         slot_mapping_T,
         k_NSKD,
         v_NSKD,
         num_tokens,
-        *k_TKD.stride()[:2],
-        *v_TKD.stride()[:2],
-        *k_NSKD.stride()[:3],
-        *v_NSKD.stride()[:3],
+        k_TKD.stride()[:2],
+        v_TKD.stride()[:2],
+        k_NSKD.stride()[:3],
+        v_NSKD.stride()[:3],
         NUM_KV_HEADS=num_kv_heads,
         HEAD_DIM=head_dim,
         PAGE=k_NSKD.shape[1],
-        ROWS=_ROWS,
         BLOCK_D=triton.next_power_of_2(head_dim),
         num_warps=4,
     )
