@@ -66,15 +66,15 @@ def _keep(scaled_RV: torch.Tensor, top_k_R: torch.Tensor, top_p_R: torch.Tensor,
 def gumbel(seed_R: torch.Tensor, position_R: torch.Tensor, num_tokens: int) -> torch.Tensor:
     """Gumbel noise, float32 [R, num_tokens], from a counter-based hash of (seed, position, token).
 
-    Each stage is the 32-bit finaliser of MurmurHash3 (A. Appleby, public domain). u has 24 bits and is never 0; the
-    largest rounds to 1 in float32, whose noise would be infinite, and is taken down to the float before it.
+    Each stage is the 32-bit finaliser of MurmurHash3 (A. Appleby, public domain). u takes 2^23 values and is never 0
+    or 1: with 24 bits the largest would round up to 1 in float32, and its noise would be infinite.
     """
     low_R, high_R = seed_R & _U32, (seed_R >> 32) & _U32
     state_R = _mix(low_R ^ _mix((position_R + 0x9E3779B9) & _U32))
     state_R = _mix(state_R ^ high_R)
     token_V = (torch.arange(num_tokens, device=seed_R.device) * 0x9E3779B1) & _U32
     x_RV = _mix(state_R[:, None] ^ token_V)
-    u_RV = (((x_RV >> 8).float() + 0.5) * 2.0**-24).clamp_(max=0.99999994)
+    u_RV = ((x_RV >> 9).float() + 0.5) * 2.0**-23
     return -torch.log(-torch.log(u_RV))
 
 
