@@ -103,17 +103,20 @@ class JobSpec(_Spec):
             raise ConfigError(explain_validation(error, cls, place)) from None
         except ConfigError as error:
             raise ConfigError(f"{place}: {error}") from None
-        return spec.model_copy(
-            update={
-                "source": spec.source.model_copy(update={"uri": resolve_uri(spec.source.uri, base)}),
-                "sink": spec.sink.model_copy(update={"uri": resolve_uri(spec.sink.uri, base)}),
-                "model": spec.model.model_copy(
-                    update={
-                        "model": _resolve_model(spec.model.model, base),
-                        "tokenizer": spec.model.tokenizer and _resolve_model(spec.model.tokenizer, base),
-                    }
-                ),
-            }
+
+        def changed(part: Any, **fields: Any) -> Any:
+            return part.model_copy(update=fields)
+
+        model = spec.model
+        return changed(
+            spec,
+            source=changed(spec.source, uri=resolve_uri(spec.source.uri, base)),
+            sink=changed(spec.sink, uri=resolve_uri(spec.sink.uri, base)),
+            model=changed(
+                model,
+                model=_resolve_model(model.model, base),
+                tokenizer=model.tokenizer and _resolve_model(model.tokenizer, base),
+            ),
         )
 
 

@@ -24,16 +24,12 @@ class KeyDigest:
     def add(self, keys: Iterable[str]) -> np.ndarray:
         """Add keys and return the low 64 bits of their hashes (uint64, one a key)."""
         hashes = b"".join(hashlib.blake2b(key.encode(), digest_size=16).digest() for key in keys)
-        words = np.frombuffer(hashes, dtype="<u8").reshape(-1, 2)
-        # Halves of 32 bits are summed in uint64, which is exact below 2^32 keys a call.
-        for column, shift in ((0, 0), (1, 64)):
-            word = words[:, column]
-            low = int((word & np.uint64(0xFFFFFFFF)).sum(dtype=np.uint64))
-            high = int((word >> np.uint64(32)).sum(dtype=np.uint64))
-            self.total += (low << shift) + (high << (shift + 32))
+        words = np.frombuffer(hashes, dtype="<u4").reshape(-1, 4)
+        for i in range(4):  # words of 32 bits: their sum in uint64 is exact below 2^32 keys a call
+            self.total += int(words[:, i].sum(dtype=np.uint64)) << (32 * i)
         self.total %= _MODULUS
         self.count += len(words)
-        return words[:, 0]
+        return np.frombuffer(hashes, dtype="<u8")[::2]
 
     def merge(self, other: KeyDigest) -> None:
         self.count += other.count

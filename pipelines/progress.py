@@ -30,15 +30,12 @@ class Progress:
     """
 
     def __init__(self, console: Console, num_rows: int):
-        self._console = console
-        self._num_rows = num_rows
+        self._console, self._num_rows = console, num_rows
         self._poll: Callable[[], Stats | None] = lambda: None
-        self._phase = ""
-        self._counters = True
+        self._phase, self._phase_start, self._counters = "", time.monotonic(), True
         self._num_written = 0
         self._stats: Stats = {}
-        self._history: deque[tuple[float, int, int, int]] = deque()  # time, rows, prompt tokens, generated tokens
-        self._phase_start = time.monotonic()
+        self._history: deque[tuple[float, ...]] = deque()  # time, rows, prompt tokens, generated tokens
         self._stop = threading.Event()
         self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
         self._spinner = Spinner("dots")
@@ -63,10 +60,10 @@ class Progress:
         """
         self._phase, self._phase_start, self._counters = name, time.monotonic(), counters
         self._poll = poll or self._poll
-        if self._live is None:
-            self._console.print(Text(name))
-        else:
+        if self._live:
             self._live.update(self._render(), refresh=True)
+        else:
+            self._console.print(Text(name))
 
     def written(self, num_rows: int) -> None:
         """Count rows that are in a part of the output."""
@@ -74,8 +71,8 @@ class Progress:
 
     @property
     def num_done(self) -> int:
-        stats = self._stats
-        return min(max(stats.get("num_finished", 0) + stats.get("num_failed", 0), self._num_written), self._num_rows)
+        ended = self._stats.get("num_finished", 0) + self._stats.get("num_failed", 0)
+        return min(max(ended, self._num_written), self._num_rows)
 
     def _run(self) -> None:
         next_plain = time.monotonic() + PLAIN_SECONDS
@@ -85,36 +82,40 @@ class Progress:
             if self._live:
                 self._live.update(self._render(), refresh=True)
             elif time.monotonic() >= next_plain:
-                next_plain += PLAIN_SECONDS
-                self._console.print(Text(self._plain()), soft_wrap=True)
+                next_plain = time.monotonic() + PLAIN_SECONDS
+                line = f"{self._rows()}, {', '.join(self._facts())}" if self._started() else self._waiting()
+                self._console.print(Text(line), soft_wrap=True)
 
     def _note(self, now: float) -> None:
-        stats = self._stats
-        self._history.append(
-            (now, self.num_done, stats.get("num_prompt_tokens", 0), stats.get("num_generated_tokens", 0))
-        )
+        tokens = (self._stats.get("num_prompt_tokens", 0), self._stats.get("num_generated_tokens", 0))
+        self._history.append((now, self.num_done, *tokens))
         while len(self._history) > 2 and now - self._history[0][0] > RATE_SECONDS:
             self._history.popleft()
 
     def rates(self) -> tuple[float, float, float]:
         """Rows, prompt tokens and generated tokens a second, over the last RATE_SECONDS."""
-        if len(self._history) < 2:
-            return 0.0, 0.0, 0.0
-        first, last = self._history[0], self._history[-1]
+        first, last = (self._history[0], self._history[-1]) if self._history else ((0.0,) * 4, (0.0,) * 4)
         seconds = max(last[0] - first[0], 1e-9)
-        return tuple((b - a) / seconds for a, b in zip(first[1:], last[1:], strict=True))  # type: ignore[return-value]
+        rows, tokens_in, tokens_out = ((b - a) / seconds for a, b in zip(first[1:], last[1:], strict=True))
+        return rows, tokens_in, tokens_out
+
+    def _started(self) -> bool:
+        return self._counters and bool(self.num_done or self._stats.get("num_running"))
+
+    def _waiting(self) -> str:
+        return f"{self._phase} ({clock(time.monotonic() - self._phase_start)})"
+
+    def _rows(self) -> str:
+        return f"{self.num_done:,}/{self._num_rows:,} rows ({self.num_done / self._num_rows:.0%})"
 
     def _facts(self) -> list[str]:
         """The figures, the most wanted first: a narrow terminal drops the last ones."""
         rows, tokens_in, tokens_out = self.rates()
-        stats = self._stats
-        failed = stats.get("num_failed", 0)
-        left = self._num_rows - self.num_done
-        eta = [f"eta {clock(left / rows)}"] if rows > 0 and left else []
+        stats, left = self._stats, self._num_rows - self.num_done
         return [
-            *([f"{failed:,} failed"] if failed else []),
+            *([f"{stats['num_failed']:,} failed"] if stats.get("num_failed") else []),
             f"{rows:,.1f} rows/s",
-            *eta,
+            *([f"eta {clock(left / rows)}"] if rows > 0 and left else []),
             f"out {tokens_out:,.0f} tok/s",
             f"in {tokens_in:,.0f} tok/s",
             f"running {stats.get('num_running', 0):,}",
@@ -122,30 +123,18 @@ class Progress:
             f"KV {stats.get('kv_usage', 0.0):.0%}",
         ]
 
-    def _started(self) -> bool:
-        return self._counters and bool(self.num_done or self._stats.get("num_running"))
-
-    def _plain(self) -> str:
-        if not self._started():
-            return f"{self._phase} ({clock(time.monotonic() - self._phase_start)})"
-        share = self.num_done / self._num_rows
-        return f"{self.num_done:,}/{self._num_rows:,} rows ({share:.0%}), " + ", ".join(self._facts())
-
     def _render(self) -> RenderableType:
         if not self._started():
-            self._spinner.update(text=Text(f"{self._phase}  {clock(time.monotonic() - self._phase_start)}"))
+            self._spinner.update(text=Text(self._waiting()))
             return self._spinner
         bar = Table.grid(padding=(0, 1), expand=True)
         bar.add_column(ratio=1)
         bar.add_column(no_wrap=True)
-        count = Text(f"{self.num_done:,}/{self._num_rows:,} rows {self.num_done / self._num_rows:>4.0%}")
-        bar.add_row(ProgressBar(total=self._num_rows, completed=self.num_done), count)
-        line, width = "", self._console.width
-        for fact in self._facts():
-            if len(line) + 2 + len(fact) > width:
-                break
-            line += f"{'  ' if line else ''}{fact}"
-        return Group(bar, Text(line, style="dim", no_wrap=True))
+        bar.add_row(ProgressBar(total=self._num_rows, completed=self.num_done), Text(self._rows()))
+        facts = self._facts()
+        while len("  ".join(facts)) > self._console.width:
+            facts.pop()
+        return Group(bar, Text("  ".join(facts), style="dim", no_wrap=True))
 
 
 def clock(seconds: float) -> str:
@@ -153,6 +142,5 @@ def clock(seconds: float) -> str:
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds}s"
-    if seconds < 3600:
-        return f"{seconds // 60}m{seconds % 60:02d}s"
-    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+    hours, minutes = divmod(seconds // 60, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds % 60:02d}s"

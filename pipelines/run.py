@@ -60,11 +60,11 @@ def prepare(spec: JobSpec, *, overwrite: bool = False) -> Plan:
     Raises:
         ConfigError: anything that the user has to change; no engine was started, no file removed.
     """
-    old_files = check_sink(spec.sink, spec.source.uri, overwrite=overwrite)
+    old_files = check_sink(spec.sink, overwrite=overwrite)
     census = take_census(spec.source)
     spec.template().check_columns(census.schema.names)
     schema = output_schema(census, spec)
-    check_apart(spec.sink, {unit.file for unit in census.units})
+    check_apart(spec.sink, census)
     on_cpu = spec.model.model_copy(update={"device": "cpu"})  # the driver may be a machine without a GPU
     inspect_model(on_cpu)
     if spec.messages is not None:
@@ -136,7 +136,10 @@ def run_job(
                     raise
         times.enter("end")
         result.reason = _check(plan, result, parts, keys_out)
-        result.status = "incomplete" if result.reason else "complete"
+        result.seconds = times.seconds
+        if not result.reason:
+            result.status = "complete"
+            write_whole(spec.sink.uri, MARKER, _marker(plan, result, parts))
     except KeyboardInterrupt:
         result.status, result.reason = "interrupted", "stopped before all rows were done"
     except ConfigError:
@@ -144,11 +147,9 @@ def run_job(
     except Exception as error:  # a lost node, a full disk, a bug: what was finished is told, and that it is not all
         if verbose:
             console.print_exception()
-        result.reason = _cause(error)
+        result.status, result.reason = "incomplete", _cause(error)
     times.enter("end")
     result.seconds = times.seconds
-    if result.complete:
-        write_whole(spec.sink.uri, MARKER, _marker(plan, result, parts))
     return result
 
 
@@ -199,8 +200,6 @@ class _Board:
 @contextmanager
 def _ray(address: str | None, verbose: bool) -> Iterator[None]:
     """Ray for one job: quiet unless `verbose`, and gone afterwards if it was started here."""
-    loggers = [logging.getLogger(name) for name in ("ray", "ray.data")]
-    levels = [logger.level for logger in loggers]
     started = not ray.is_initialized()
     if started:
         with nullcontext() if verbose else _hushed_core():
@@ -210,20 +209,16 @@ def _ray(address: str | None, verbose: bool) -> Iterator[None]:
                 log_to_driver=verbose,
                 logging_level=logging.INFO if verbose else logging.CRITICAL,
             )
-    context = ray.data.DataContext.get_current()
-    before = {name: getattr(context, name) for name in _QUIET}
+    context, logger = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
+    before = context.enable_progress_bars, context.print_on_execution_start, logger.level
     try:
         if not verbose:
-            for logger in loggers:
-                logger.setLevel(logging.CRITICAL)
-            for name, value in _QUIET.items():
-                setattr(context, name, value)
+            context.enable_progress_bars = context.print_on_execution_start = False
+            logger.setLevel(logging.CRITICAL)
         yield
     finally:
-        for name, value in before.items():
-            setattr(context, name, value)
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        context.enable_progress_bars, context.print_on_execution_start = before[:2]
+        logger.setLevel(before[2])
         if started:
             ray.shutdown()
 
@@ -235,21 +230,17 @@ def _hushed_core() -> Iterator[None]:
     It is told by a variable that it reads when it starts, and then says that it was told: that goes to nowhere.
     """
     name, kept = "RAY_BACKEND_LOG_LEVEL", os.dup(2)
-    mine = name not in os.environ
+    users = os.environ.get(name)
+    os.environ[name] = users or "fatal"
     try:
-        if mine:
-            os.environ[name] = "fatal"
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), 2)
         yield
     finally:
         os.dup2(kept, 2)
         os.close(kept)
-        if mine:
-            os.environ.pop(name, None)
-
-
-_QUIET = {"enable_progress_bars": False, "print_on_execution_start": False}
+        if users is None:
+            del os.environ[name]
 
 
 def _dataset(plan: Plan, board: Any) -> ray.data.Dataset:
@@ -270,62 +261,44 @@ def _dataset(plan: Plan, board: Any) -> ray.data.Dataset:
 
 def _entries(dataset: ray.data.Dataset) -> Iterator[Entry]:
     """Run the dataset; only entries come to the driver, however many rows there are."""
-    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        for text in batch["entry"].to_pylist():
-            yield Entry(**json.loads(text))
+    for row in dataset.iter_rows():
+        yield Entry(**json.loads(row["entry"]))
 
 
 def _check(plan: Plan, result: JobResult, parts: dict[str, int], keys_out: KeyDigest) -> str:
     """Return why the table is not complete, or an empty string; remove files that no entry names."""
     reason = result.check_equation(plan.census.key_digest(), keys_out)
-    if reason:
+    wrong = [] if reason else sweep(plan.spec.sink, parts)
+    if not wrong:
         return reason
-    uri = plan.spec.sink.uri
-    wrong, _ = sweep(plan.spec.sink, parts)
-    if wrong:
-        return (
-            f"{len(wrong)} part(s) that workers wrote are not in {uri!r} as the driver sees it (first: {wrong[0]}); "
-            "the folder must be one that all nodes share"
-        )
-    return ""
+    return (
+        f"{len(wrong)} part(s) that workers wrote are not in {plan.spec.sink.uri!r} as the driver sees it (first: "
+        f"{wrong[0]}); the folder must be one that all nodes share"
+    )
 
 
 def _marker(plan: Plan, result: JobResult, parts: dict[str, int]) -> bytes:
     """The success marker: figures and parts. No row of the table is in it."""
-    figures = {key: value for key, value in result.as_dict().items() if key not in ("samples", "reason")}
-    versions = {"rayinfer": rayinfer.__version__, "ray": ray.__version__, "python": platform.python_version()}
     marker = {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        **figures,
-        "source": plan.census.spec.model_dump(),
-        "model": plan.spec.model.model_dump(exclude_unset=True),
-        "sampling": plan.spec.sampling.model_dump(exclude_unset=True),
-        "versions": versions,
+        **{key: value for key, value in result.as_dict().items() if key not in ("samples", "reason")},
+        "job": plan.spec.model_dump(mode="json", exclude_unset=True),
+        "versions": {"rayinfer": rayinfer.__version__, "ray": ray.__version__, "python": platform.python_version()},
         "parts": [{"name": name, "num_bytes": num_bytes} for name, num_bytes in sorted(parts.items())],
     }
-    return json.dumps(marker, indent=1, default=str).encode()
+    return json.dumps(marker, indent=1).encode()
 
 
 def _intro(plan: Plan) -> str:
     census = plan.census
-    skipped = f" ({census.num_skipped_files} other file(s) left out)" if census.num_skipped_files else ""
-    files = "1 file" if census.num_files == 1 else f"{census.num_files:,} files"
-    return (
-        f"{census.num_rows:,} rows from {files} ({census.format}){skipped}: {census.spec.uri}\n"
-        f"model: {plan.spec.model.model}"
-    )
+    left_out = f", {census.num_skipped_files} left out" if census.num_skipped_files else ""
+    source = f"{census.num_rows:,} rows from {census.num_files:,} file(s) ({census.format}{left_out})"
+    return f"{source}: {census.spec.uri}\nmodel: {plan.spec.model.model}"
 
 
 def _cause(error: BaseException) -> str:
     """The innermost cause of a failed Ray task, without Ray's frames."""
-    seen: BaseException = error
-    while True:
-        inner = getattr(seen, "cause", None) or seen.__cause__
-        if not isinstance(inner, BaseException) or inner is seen:
-            break
-        seen = inner
-    text = str(seen).strip()
-    if isinstance(seen, ConfigError | RowError):
-        return text
-    last = text.splitlines()[-1] if text else ""
-    return f"{type(seen).__name__}: {last}" if not last.startswith(type(seen).__name__) else last
+    while isinstance(inner := getattr(error, "cause", None) or error.__cause__, BaseException):
+        error = inner
+    text = str(error).strip() or repr(error)
+    return text if isinstance(error, ConfigError | RowError) else f"{type(error).__name__}: {text.splitlines()[-1]}"

@@ -6,16 +6,13 @@ that no entry names is garbage, and `sweep` removes it.
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import io
 import json
 import math
 import uuid
 from collections import Counter
-from dataclasses import dataclass, field
-from datetime import date, datetime, time, timedelta
-from decimal import Decimal
+from dataclasses import dataclass
 from typing import Any
 
 import fsspec
@@ -30,22 +27,14 @@ from rayinfer.pipelines.keys import KeyDigest
 from rayinfer.pipelines.sources import KEY, SOURCE, Census
 from rayinfer.processors.columns import OUTPUT, WHEN_ASKED
 
-PART_PREFIX = "part-"
-TEMP_PREFIX = ".rayinfer-"
-MARKER = "_rayinfer.json"
+PART_PREFIX, TEMP_PREFIX, MARKER = "part-", ".rayinfer-", "_rayinfer.json"
 SAMPLES_PER_PART = 3
 SAMPLE_CHARS = 400
 
 # What the engine adds to every row, good or bad; log-probabilities only if the job asks for them.
 RESULTS = (
-    "generated_text",
-    "finish_reason",
-    "num_input_tokens",
-    "num_generated_tokens",
-    "num_cached_tokens",
-    "error_type",
-    "error_message",
-    "attempts",
+    *("generated_text", "finish_reason", "num_input_tokens", "num_generated_tokens", "num_cached_tokens"),
+    *("error_type", "error_message", "attempts"),
 )
 
 # On these a write is seen whole or not at all; elsewhere a part is written aside and moved.
@@ -58,7 +47,6 @@ class Entry:
 
     name: str
     num_rows: int
-    num_ok: int
     num_bytes: int
     sha256: str
     keys: str  # hex of the KeyDigest
@@ -66,29 +54,25 @@ class Entry:
     num_input_tokens: int
     num_generated_tokens: int
     num_cached_tokens: int
-    samples: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[dict[str, Any]]
 
 
 class PartWriter:
-    """`map_batches` function: writes a batch as one part and returns its entry as JSON in one row."""
+    """`map_batches` function: writes a batch as one part and returns its entry, as JSON in one row."""
 
     def __init__(self, sink: SinkSpec, schema: pa.Schema):
-        self.sink = sink
-        self.schema = schema
+        self.sink, self.schema = sink, schema
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        entries = []
-        if batch.num_rows:
-            table = flatten(batch, self.schema)
-            data = encode(table, self.sink.format)
-            digest = KeyDigest()
-            digest.add(batch[KEY].to_pylist())
-            sha256 = hashlib.sha256(data).hexdigest()
-            name = f"{PART_PREFIX}{sha256[:32]}.{self.sink.format}"
-            write_whole(self.sink.uri, name, data)
-            entry = summarize(table, name, data, sha256, digest)
-            entries.append(json.dumps(entry.__dict__))
-        return pa.table({"entry": pa.array(entries, pa.string())})
+        table = flatten(batch, self.schema)
+        data = encode(table, self.sink.format)
+        digest = KeyDigest()
+        digest.add(batch[KEY].to_pylist())
+        sha256 = hashlib.sha256(data).hexdigest()
+        name = f"{PART_PREFIX}{sha256[:32]}.{self.sink.format}"
+        entry = Entry(name, table.num_rows, len(data), sha256, digest.hex(), **_counts(table), samples=_samples(table))
+        write_whole(self.sink.uri, name, data)
+        return pa.table({"entry": [json.dumps(entry.__dict__)]})
 
 
 def output_schema(census: Census, spec: JobSpec) -> pa.Schema:
@@ -97,42 +81,37 @@ def output_schema(census: Census, spec: JobSpec) -> pa.Schema:
     Raises:
         ConfigError: an unknown column, one whose name the result needs, one that the format cannot hold.
     """
-    sink = spec.sink
-    results = [OUTPUT.field(name) for name in RESULTS]
-    results += [OUTPUT.field(name) for name in WHEN_ASKED if getattr(spec.sampling, name) is not None]
-    names = sink.columns if sink.columns is not None else census.schema.names
+    sink, columns, id_column = spec.sink, census.schema.names, census.spec.id_column
+    names = list(dict.fromkeys(sink.columns if sink.columns is not None else columns))
     for name in names:
-        if name not in census.schema.names:
+        if name not in columns:
+            known = f"{nearest(name, columns)} Columns: {', '.join(columns)}"
+            raise ConfigError(f"sink.columns: {name!r} is not read from the source{known}")
+    if id_column is not None and id_column not in names:
+        names.insert(0, id_column)  # without its key no row can be accounted for
+    added = [pa.field(KEY, pa.string())] if id_column is None else []
+    asked = [name for name in WHEN_ASKED if getattr(spec.sampling, name) is not None]
+    results = [OUTPUT.field(name) for name in (*RESULTS, *asked)]
+    for name in (*RESULTS, *WHEN_ASKED, *(column.name for column in added)):
+        if name in names:
             raise ConfigError(
-                f"sink.columns: {name!r} is not read from the source{nearest(name, census.schema.names)} "
-                f"Columns: {', '.join(census.schema.names)}"
-            )
-    fields = [census.schema.field(name) for name in dict.fromkeys(names)]
-    id_column = census.spec.id_column
-    if id_column is None:
-        fields.insert(0, pa.field(KEY, pa.string()))
-    elif id_column not in names:
-        fields.insert(0, census.schema.field(id_column))  # without its key no row can be accounted for
-    taken = {column.name for column in results} | ({KEY} if id_column is None else set())
-    for column in fields[id_column is None :]:
-        if column.name in taken:
-            raise ConfigError(
-                f"sink.columns: the source has a column {column.name!r}, a name that the output uses; "
+                f"sink.columns: the source has a column {name!r}, a name that the output uses; "
                 "leave it out with sink.columns"
             )
-    for column in fields + results:
+    schema = pa.schema([*added, *(census.schema.field(name) for name in names), *results])
+    for column in schema:
         if sink.format != "parquet" and not _fits_text(column.type, nested=sink.format == "jsonl"):
             raise ConfigError(
                 f"sink.format = {sink.format!r} cannot hold column {column.name!r} of type {column.type}; "
                 "leave it out with sink.columns, or write parquet"
             )
-    return pa.schema(fields + results)
+    return schema
 
 
 def _fits_text(kind: pa.DataType, nested: bool) -> bool:
     if pa.types.is_nested(kind):
         return nested and all(_fits_text(kind.field(i).type, nested) for i in range(kind.num_fields))
-    return not isinstance(kind, pa.BaseExtensionType)
+    return not (isinstance(kind, pa.BaseExtensionType) or "binary" in str(kind))
 
 
 def flatten(batch: pa.Table, schema: pa.Schema) -> pa.Table:
@@ -140,32 +119,24 @@ def flatten(batch: pa.Table, schema: pa.Schema) -> pa.Table:
     source = batch[SOURCE].combine_chunks()
     columns = []
     for column in schema:
-        if source.type.get_field_index(column.name) >= 0 and column.name not in OUTPUT.names:
-            values = pc.struct_field(source, column.name)
-        else:
-            values = batch[column.name]
+        own = source.type.get_field_index(column.name) >= 0 and column.name not in (*RESULTS, *WHEN_ASKED)
+        values = pc.struct_field(source, column.name) if own else batch[column.name]
         columns.append(values if values.type == column.type else values.cast(column.type))
     return pa.table(columns, schema=schema)
 
 
-def summarize(table: pa.Table, name: str, data: bytes, sha256: str, digest: KeyDigest) -> Entry:
+def _counts(table: pa.Table) -> dict[str, Any]:
     errors = Counter(value for value in table["error_type"].to_pylist() if value is not None)
-    counts = {key: pc.sum(table[key]).as_py() or 0 for key in RESULTS if key.startswith("num_")}
-    rows = table.select([column.name for column in table.schema if column.name not in WHEN_ASKED])
+    tokens = {name: pc.sum(table[name]).as_py() or 0 for name in RESULTS if name.startswith("num_")}
+    return {"errors": dict(errors), **tokens}
+
+
+def _samples(table: pa.Table) -> list[dict[str, Any]]:
+    """The first rows and the first bad one, long texts cut."""
     bad = pc.indices_nonzero(pc.is_valid(table["error_type"]))[:1]
-    samples = [
-        {key: _short(value) for key, value in row.items()}
-        for row in rows.slice(0, SAMPLES_PER_PART).to_pylist() + rows.take(bad).to_pylist()
-    ]
-    num_ok = table.num_rows - sum(errors.values())
-    return Entry(name, table.num_rows, num_ok, len(data), sha256, digest.hex(), dict(errors), samples=samples, **counts)
-
-
-def _short(value: Any) -> Any:
-    if isinstance(value, int | float | None):
-        return value if not isinstance(value, float) or math.isfinite(value) else str(value)
-    text = value if isinstance(value, str) else str(value)
-    return text if len(text) <= SAMPLE_CHARS else text[:SAMPLE_CHARS] + "..."
+    table = table.drop_columns([name for name in WHEN_ASKED if name in table.column_names])
+    rows = table.slice(0, SAMPLES_PER_PART).to_pylist() + table.take(bad).to_pylist()
+    return [{key: None if value is None else str(value)[:SAMPLE_CHARS] for key, value in row.items()} for row in rows]
 
 
 def encode(table: pa.Table, format: str) -> bytes:
@@ -174,111 +145,84 @@ def encode(table: pa.Table, format: str) -> bytes:
     if format == "parquet":
         pq.write_table(table, buffer, compression="zstd")
     elif format == "csv":
-        pyarrow.csv.write_csv(_csv_ready(table), buffer)
+        pyarrow.csv.write_csv(table, buffer)
     else:
         for row in table.to_pylist():
-            line = json.dumps(_json_ready(row), ensure_ascii=False, allow_nan=False)
-            buffer.write(line.encode("utf-8", "surrogatepass") + b"\n")
+            line = json.dumps(_finite(row), ensure_ascii=False, allow_nan=False, default=str)
+            buffer.write(line.encode() + b"\n")
     return buffer.getvalue()
 
 
-def _csv_ready(table: pa.Table) -> pa.Table:
-    for i, column in enumerate(table.schema):
-        if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
-            values = [None if v is None else base64.b64encode(v).decode() for v in table.column(i).to_pylist()]
-            table = table.set_column(i, column.name, pa.array(values, pa.string()))
-    return table
-
-
-def _json_ready(value: Any) -> Any:
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
     if isinstance(value, dict):
-        return {key: _json_ready(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json_ready(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None  # JSON has no NaN
-    if isinstance(value, bytes):
-        return base64.b64encode(value).decode()
-    if isinstance(value, datetime | date | time):
-        return value.isoformat()
-    if isinstance(value, Decimal | timedelta):
-        return str(value)
-    return value
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_whole(uri: str, name: str, data: bytes) -> None:
     """Write a file so that no reader ever sees half of it under its name."""
-    fs, folder = fsspec.core.url_to_fs(uri)
-    path = f"{folder.rstrip('/')}/{name}"
+    fs, folder = _open(uri)
     if _protocols(fs) & _ATOMIC_PUT:
-        fs.pipe_file(path, data)
+        fs.pipe_file(f"{folder}/{name}", data)
         return
-    aside = f"{folder.rstrip('/')}/{TEMP_PREFIX}{uuid.uuid4().hex}"
+    aside = f"{folder}/{TEMP_PREFIX}{uuid.uuid4().hex}"
     fs.makedirs(folder, exist_ok=True)  # on a disk that is not shared too: the driver then says that it is not
     try:
         fs.pipe_file(aside, data)
-        fs.mv(aside, path)
+        fs.mv(aside, f"{folder}/{name}")
     except BaseException:
         if fs.exists(aside):
             fs.rm_file(aside)
         raise
 
 
+def _open(uri: str) -> tuple[Any, str]:
+    try:
+        fs, path = fsspec.core.url_to_fs(uri)
+        return fs, path.rstrip("/")
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(f"uri = {uri!r}: {error}") from None
+
+
 def _protocols(fs: Any) -> set[str]:
     return {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
 
 
-def check_sink(sink: SinkSpec, source_uri: str, *, overwrite: bool) -> list[str]:
+def check_sink(sink: SinkSpec, *, overwrite: bool) -> list[str]:
     """Check that the folder can be written; return the files of an earlier run in it (to be removed by `clear`).
 
     Raises:
-        ConfigError: not writable, not a folder, in the source's folder, or not empty.
+        ConfigError: not writable, not a folder, not empty.
     """
     place = f"sink.uri = {sink.uri!r}"
-    fs, folder = _open(sink.uri, place)
+    fs, folder = _open(sink.uri)
     if "memory" in _protocols(fs):
         raise ConfigError(f"{place}: memory:// is each process's own, no worker shares it; use a folder or a bucket")
-    source_fs, source_path = _open(source_uri, "source.uri")
-    inside = (folder.rstrip("/") + "/").startswith(source_path.rstrip("/") + "/")
-    if _protocols(fs) == _protocols(source_fs) and inside:
-        raise ConfigError(f"{place}: lies in the source {source_uri!r}; the job would read its own output")
     probe = f"{TEMP_PREFIX}{uuid.uuid4().hex}"
     try:
-        fs.makedirs(folder, exist_ok=True)
-        files = sorted(_child(file, folder) for file in fs.find(folder))
         write_whole(sink.uri, probe, b"")
-        fs.rm_file(f"{folder.rstrip('/')}/{probe}")
+        fs.rm_file(f"{folder}/{probe}")
+        files = sorted(list_files(sink))
     except Exception as error:  # a store's client raises errors of its own
         raise ConfigError(f"{place}: the folder cannot be written: {type(error).__name__}: {error}") from None
-    ours = [file for file in files if _is_ours(file)]
-    if len(ours) != len(files):
-        other = next(file for file in files if file not in set(ours))
-        raise ConfigError(
-            f"{place}: holds {len(files)} file(s), among them {other!r}, which no job wrote; name an empty folder"
-        )
-    if ours and not overwrite:
-        what = "a finished job" if MARKER in ours else "an unfinished job"
-        raise ConfigError(f"{place}: holds {len(ours)} file(s) of {what}; give --overwrite or name another folder")
-    return ours
+    other = [file for file in files if not _is_ours(file)]
+    if other:
+        raise ConfigError(f"{place}: holds {other[0]!r}, which no job wrote; name an empty folder")
+    if files and not overwrite:
+        what = "a finished job" if MARKER in files else "an unfinished job"
+        raise ConfigError(f"{place}: holds {len(files)} file(s) of {what}; give --overwrite or name another folder")
+    return files
 
 
-def check_apart(sink: SinkSpec, files: set[str]) -> None:
-    """Raise ConfigError if a file of the source lies in the output folder, where the job removes what is old."""
-    _, folder = fsspec.core.url_to_fs(sink.uri)
-    for file in files:
-        if file.startswith(folder.rstrip("/") + "/"):
-            raise ConfigError(f"sink.uri = {sink.uri!r}: the source's file {file!r} is in it; name another folder")
-
-
-def _open(uri: str, place: str) -> tuple[Any, str]:
-    try:
-        return fsspec.core.url_to_fs(uri)
-    except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(f"{place}: {error}") from None
-
-
-def _child(file: str, folder: str) -> str:
-    return file.removeprefix(folder).lstrip("/")
+def check_apart(sink: SinkSpec, census: Census) -> None:
+    """Raise ConfigError if the job could read what it writes, or remove what it reads."""
+    _, folder = _open(sink.uri)
+    _, source = _open(census.spec.uri)
+    if f"{folder}/".startswith(f"{source}/") or any(unit.file.startswith(f"{folder}/") for unit in census.units):
+        raise ConfigError(f"sink.uri = {sink.uri!r}: source and output share a folder; name another one")
 
 
 def _is_ours(name: str) -> bool:
@@ -287,26 +231,21 @@ def _is_ours(name: str) -> bool:
 
 def list_files(sink: SinkSpec) -> dict[str, int]:
     """Name and bytes of every file in the folder, as the store has it now."""
-    fs, folder = fsspec.core.url_to_fs(sink.uri)
+    fs, folder = _open(sink.uri)
     fs.invalidate_cache()
-    return {_child(file, folder): info["size"] for file, info in fs.find(folder, detail=True).items()}
+    files = fs.find(folder, detail=True)
+    return {file.removeprefix(folder).lstrip("/"): info["size"] for file, info in files.items()}
 
 
 def clear(sink: SinkSpec, names: list[str]) -> None:
-    """Remove the files of an earlier run, the marker first, so that no crash leaves a marker without its parts."""
-    fs, folder = fsspec.core.url_to_fs(sink.uri)
+    """Remove files, the marker first, so that no crash leaves a marker without its parts."""
+    fs, folder = _open(sink.uri)
     for name in sorted(names, key=lambda name: name != MARKER):
-        fs.rm_file(f"{folder.rstrip('/')}/{name}")
+        fs.rm_file(f"{folder}/{name}")
 
 
-def sweep(sink: SinkSpec, entries: dict[str, int]) -> tuple[list[str], int]:
-    """Compare the folder with the entries (name -> bytes).
-
-    Returns:
-        (names whose file is missing or has another size, number of files removed that no entry names).
-    """
+def sweep(sink: SinkSpec, parts: dict[str, int]) -> list[str]:
+    """Remove what no entry names; return parts (name -> bytes) whose file is missing or has another size."""
     sizes = list_files(sink)
-    wrong = [name for name, num_bytes in entries.items() if sizes.get(name) != num_bytes]
-    garbage = [name for name in sizes if name not in entries and _is_ours(name)]
-    clear(sink, garbage)
-    return wrong, len(garbage)
+    clear(sink, [name for name in sizes if name not in parts and _is_ours(name)])
+    return [name for name, num_bytes in parts.items() if sizes.get(name) != num_bytes]

@@ -23,11 +23,10 @@ def _refuse_none(value: Any) -> Any:
     return value
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    env = ImmutableSandboxedEnvironment(undefined=StrictUndefined, finalize=_refuse_none, keep_trailing_newline=True)
-    for name in ("range", "lipsum", "cycler", "joiner", "namespace", "dict"):
-        env.globals.pop(name, None)
-    return env
+_ENVIRONMENT = ImmutableSandboxedEnvironment(
+    undefined=StrictUndefined, finalize=_refuse_none, keep_trailing_newline=True
+)
+_ENVIRONMENT.globals.clear()  # a name is a column or a mistake
 
 
 class PromptTemplate:
@@ -42,45 +41,34 @@ class PromptTemplate:
     """
 
     def __init__(self, prompt: str | None = None, messages: Sequence[tuple[str, str]] = ()):
-        self._prompt = prompt
-        self._messages = list(messages)
-        _ = self._compiled
+        self._roles = None if prompt is not None else [role for role, _ in messages]
+        self._sources = {f"messages.{i}.content": text for i, (_, text) in enumerate(messages)}
+        if prompt is not None:
+            self._sources = {"prompt": prompt}
+        for place, text in self._sources.items():
+            try:
+                _ENVIRONMENT.from_string(text)
+            except TemplateSyntaxError as error:
+                raise ConfigError(f"{place}: line {error.lineno} of the template: {error.message}") from None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_prompt": self._prompt, "_messages": self._messages}  # compiled templates do not pickle
+        return {"_roles": self._roles, "_sources": self._sources}  # compiled templates do not pickle
 
     @cached_property
     def _compiled(self) -> list[Any]:
-        env = _environment()
-        sources = self._sources()
-        compiled = []
-        for place, text in sources:
-            try:
-                compiled.append(env.from_string(text))
-            except TemplateSyntaxError as error:
-                raise ConfigError(f"{place}: line {error.lineno} of the template: {error.message}") from None
-        return compiled
-
-    def _sources(self) -> list[tuple[str, str]]:
-        if self._prompt is not None:
-            return [("prompt", self._prompt)]
-        return [(f"messages.{i}.content", text) for i, (_, text) in enumerate(self._messages)]
+        return [_ENVIRONMENT.from_string(text) for text in self._sources.values()]
 
     def check_columns(self, columns: Iterable[str]) -> None:
         """Raise ConfigError for a name that is no column of the source."""
         columns = list(columns)
-        env = _environment()
-        for place, text in self._sources():
-            tree = env.parse(text)
+        for place, text in self._sources.items():
+            tree = _ENVIRONMENT.parse(text)
             used = meta.find_undeclared_variables(tree)
-            if ROW_NAME in used and ROW_NAME not in columns:
-                used.discard(ROW_NAME)
-                used |= _constant_keys(tree)
+            if ROW_NAME not in columns:
+                used = (used - {ROW_NAME}) | _keys_of_row(tree)
             for name in sorted(used - set(columns)):
-                raise ConfigError(
-                    f"{place}: the template uses {name!r}, which is no column of the source"
-                    f"{nearest(name, columns)} Columns: {', '.join(columns)}"
-                )
+                known = f"{nearest(name, columns)} Columns: {', '.join(columns)}"
+                raise ConfigError(f"{place}: the template uses {name!r}, which is no column of the source{known}")
 
     def render(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Render one row.
@@ -97,21 +85,14 @@ class PromptTemplate:
         except Exception as error:
             # The text of a Python error may quote the value that it choked on, so only its type is told.
             raise RowError(ErrorType.TEMPLATE_ERROR, f"the template raised {type(error).__name__}") from None
-        if self._prompt is not None:
+        if self._roles is None:
             return {"prompt": texts[0]}
-        return {
-            "messages": [{"role": role, "content": text} for (role, _), text in zip(self._messages, texts, strict=True)]
-        }
+        pairs = zip(self._roles, texts, strict=True)
+        return {"messages": [{"role": role, "content": text} for role, text in pairs]}
 
 
-def _constant_keys(tree: nodes.Template) -> set[str]:
+def _keys_of_row(tree: nodes.Template) -> set[str]:
     """Names used as `row["name"]` or `row.name`."""
-    keys = set()
-    for node in tree.find_all((nodes.Getitem, nodes.Getattr)):
-        if not (isinstance(node.node, nodes.Name) and node.node.name == ROW_NAME):
-            continue
-        if isinstance(node, nodes.Getattr):
-            keys.add(node.attr)
-        elif isinstance(node.arg, nodes.Const) and isinstance(node.arg.value, str):
-            keys.add(node.arg.value)
-    return keys
+    keys = {node.attr for node in tree.find_all(nodes.Getattr) if getattr(node.node, "name", "") == ROW_NAME}
+    items = [node.arg for node in tree.find_all(nodes.Getitem) if getattr(node.node, "name", "") == ROW_NAME]
+    return keys | {arg.value for arg in items if isinstance(arg, nodes.Const) and isinstance(arg.value, str)}

@@ -35,11 +35,12 @@ def show(console: Console, seconds: float = 0.5, growing: bool = True) -> Progre
         polls += 1
         return {**STATS, "num_finished": min(98, polls)} if growing else None
 
+    start = time.monotonic()
     with Progress(console, 100) as progress:
         progress.phase("loading the model", poll)
         time.sleep(seconds)
         progress.written(5)
-    assert polls <= seconds / progress_module.POLL_SECONDS + 1  # it waits between two polls
+    assert polls <= (time.monotonic() - start) / progress_module.POLL_SECONDS + 1  # it waits between two polls
     return progress
 
 
@@ -48,7 +49,7 @@ def test_plain_lines_without_a_terminal():
     show(Console(file=output, width=80))
     lines = output.getvalue().splitlines()
     assert lines[0] == "loading the model"
-    assert 3 <= len(lines) <= 6
+    assert 2 <= len(lines) <= 10  # a busy machine shows fewer
     pattern = (
         r"\d+/100 rows \(\d+%\), 2 failed, [\d.]+ rows/s, eta \w+, "
         r"out 0 tok/s, in 0 tok/s, running 12, waiting 46, KV 25%"
@@ -61,7 +62,10 @@ def test_plain_lines_without_a_terminal():
 def test_before_the_first_row_the_phase_is_told():
     output = io.StringIO()
     show(Console(file=output), growing=False)
-    assert set(output.getvalue().splitlines()) == {"loading the model", "loading the model (0s)"}
+    lines = output.getvalue().splitlines()
+    assert lines[0] == "loading the model"
+    assert all(re.fullmatch(r"loading the model \(\ds\)", line) for line in lines[1:])
+    assert lines[1:]
 
 
 @pytest.mark.parametrize("width", [30, 60, 120])
@@ -99,7 +103,7 @@ def result_of(**changes) -> JobResult:
         "error_message": None, "finish_reason": "stop",
     }  # fmt: skip
     bad = {**sample, "id": 2, "generated_text": None, "error_type": "PROMPT_TOO_LONG", "error_message": "400 tokens"}
-    entry = Entry("part-1", 10, 9, 4096, "", "", {"PROMPT_TOO_LONG": 1}, 1000, 90, 500, [sample, sample, bad])
+    entry = Entry("part-1", 10, 4096, "", "", {"PROMPT_TOO_LONG": 1}, 1000, 90, 500, [sample, sample, bad])
     result = JobResult(status="complete", output="/data/out", key_column="id", num_rows_in=10)
     result.add(entry)
     result.seconds = {"check": 1.0, "start": 2.0, "load": 3.0, "run": 4.0}

@@ -17,7 +17,7 @@ from rayinfer.errors import ConfigError
 from rayinfer.pipelines import sources
 from rayinfer.pipelines.job import SourceSpec
 from rayinfer.pipelines.keys import KeyDigest
-from rayinfer.pipelines.sources import KEY, SOURCE, SOURCE_ERROR, Census, take_census
+from rayinfer.pipelines.sources import KEY, SOURCE, SOURCE_ERROR, Census, ReadUnits, take_census
 
 
 def census_of(uri: Any, **kwargs: Any) -> Census:
@@ -26,9 +26,7 @@ def census_of(uri: Any, **kwargs: Any) -> Census:
 
 def read_all(census: Census) -> pa.Table:
     """All rows, as the read tasks give them to Ray."""
-    read = sources._ReadUnits(census.spec, census.format, census.schema)
-    units = pa.Table.from_pylist([unit.__dict__ for unit in census.units])
-    return pa.concat_tables(read(units))
+    return pa.concat_tables(ReadUnits(census)(pa.Table.from_pylist([unit.__dict__ for unit in census.units])))
 
 
 def rows_of(table: pa.Table) -> list[dict[str, Any]]:
@@ -76,13 +74,14 @@ def test_every_row_once_with_its_key(tmp_path, rows, format, id_column):
     check_same(census_of(path, id_column=id_column, limit=1500), rows[:1500])
 
 
-def test_units_join_so_that_their_number_is_bounded(tmp_path, rows, monkeypatch):
-    monkeypatch.setattr(sources, "UNIT_ROWS", 16)
-    monkeypatch.setattr(sources, "MAX_UNITS", 4)
-    for path in (write_jsonl(tmp_path / "a.jsonl", rows), write_csv(tmp_path / "a.csv", rows)):
-        census = census_of(path)
-        assert len(census.units) <= 5
-        check_same(census, rows)
+def test_small_row_groups_share_a_read_task(tmp_path, rows, monkeypatch):
+    monkeypatch.setattr(sources, "UNIT_ROWS", 100)
+    monkeypatch.setattr(sources, "CHUNK_ROWS", 7)
+    pq.write_table(pa.Table.from_pylist(rows[:450]), tmp_path / "a.parquet", row_group_size=30)
+    pq.write_table(pa.Table.from_pylist(rows[450:700]), tmp_path / "b.parquet", row_group_size=200)
+    census = census_of(tmp_path, limit=670)
+    assert [unit.num_rows for unit in census.units] == [90] * 5 + [200, 20]
+    check_same(census, rows[:670])
 
 
 def test_folders_globs_hive_and_compression(tmp_path, rows):
@@ -151,7 +150,7 @@ def test_a_long_csv_field_is_read(tmp_path):
 
 
 def test_jsonl_types_are_those_of_all_lines(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "UNIT_ROWS", 2)
+    monkeypatch.setattr(sources, "CHUNK_ROWS", 2)
     rows = [{"a": 1, "m": 1}, {"a": 2, "s": {"x": 1}}, {"a": 0.5, "m": "one", "s": {"x": 2, "y": [1]}}, {"m": [1, "a"]}]
     census = census_of(write_jsonl(tmp_path / "a.jsonl", rows))
     assert census.schema.field("a").type == pa.float64()
@@ -176,8 +175,8 @@ def test_a_bad_record_costs_one_row(tmp_path):
     assert errors[0] is errors[4] is None
     assert errors[1].startswith("record 1 (from 0) is not valid JSON")
     assert errors[2:4] == [
-        "record 2 (from 0) is a list, not a JSON object",
-        "record 3 (from 0) is not valid JSON: not UTF-8",
+        "record 2 (from 0) is a list, not an object",
+        "record 3 (from 0) is not valid JSON: bad text",
     ]
     path = tmp_path / "a.csv"
     path.write_text("a,b\n1,2\n3\n4,5\n")
@@ -190,7 +189,7 @@ def test_a_file_that_changes_under_the_job_is_noticed(tmp_path, rows):
     path = write_jsonl(tmp_path / "a.jsonl", rows[:5])
     census = census_of(path)
     write_jsonl(path, rows[:4])
-    with pytest.raises(OSError, match="4 rows where the census counted 5"):
+    with pytest.raises(OSError, match="ends at row 4, the census counted 5"):
         read_all(census)
 
 
@@ -212,8 +211,8 @@ def test_what_is_refused(tmp_path):
     refused(tmp_path, "e.csv", "a,b\n", "no rows in 1 csv file")
     refused(tmp_path, "e.jsonl", "\n", "no rows in 1 jsonl file")
     refused(tmp_path, "h.csv", "a,a\n1,2\n", "an empty or a repeated name")
-    refused(tmp_path, "q.csv", 'a\n"open\n', "q.csv' cannot be read as csv: the record at byte 2")
-    refused(tmp_path, "u.csv", b"a\n\xff\n", "is not UTF-8")
+    refused(tmp_path, "q.csv", 'a\n"open\n', "q.csv' cannot be read as csv: unexpected end of data")
+    refused(tmp_path, "u.csv", b"a\n\xff\n", "can't decode byte 0xff")
     refused(tmp_path, "t.parquet", b"PAR1 no", "t.parquet' cannot be read as parquet")
     refused(tmp_path, "a.txt", "a", "none of 1 file")
     refused(
