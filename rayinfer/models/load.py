@@ -227,8 +227,6 @@ def _from_config(config: EngineConfig, hf_config: PreTrainedConfig, dtype: torch
 def _pretrained(
     config: EngineConfig, source: Source, hf_config: PreTrainedConfig, dtype: torch.dtype, device: torch.device
 ) -> nn.Module:
-    if source.gguf_file:
-        _keep_gguf_names()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.path,
@@ -253,15 +251,6 @@ def _pretrained(
             f"missing or of another shape, {names[0]} first"
         )
     return module
-
-
-def _keep_gguf_names() -> None:
-    """transformers asks for the same table of GGUF names for each module of the tree, and making it takes longer than
-    reading the file: make it once a process."""
-    import gguf
-
-    if not hasattr(gguf.get_tensor_name_map, "cache_info"):
-        gguf.get_tensor_name_map = functools.cache(gguf.get_tensor_name_map)
 
 
 def _dummy(config: EngineConfig, hf_config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> nn.Module:
