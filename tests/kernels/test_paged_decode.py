@@ -55,8 +55,8 @@ def test_any_number_of_programs(num_programs, device):
 
 
 def test_long_row_is_merged_from_many_parts(device):
-    """More parts than the merge takes in one go."""
-    _check([2600], 3, 1, 128, 32, torch.float32, device, num_programs=40)
+    """More parts than the merge takes in one go; with 16 heads some have their largest score in the later ones."""
+    _check([2600], 16, 1, 128, 32, torch.float32, device, num_programs=40)
 
 
 @pytest.mark.parametrize("num_programs", [None, 0])
