@@ -29,17 +29,18 @@ app = typer.Typer(
 @app.command()
 def run(
     job: Annotated[Path, typer.Argument(help="Job file (YAML); its relative paths are relative to its folder.")],
-    overwrite: Annotated[bool, typer.Option(help="Replace the output of an earlier job.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output of an earlier job.")] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows of the source.")] = None,
-    strict: Annotated[bool, typer.Option(help="Exit with 3 if any row failed.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 if any row failed.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the summary to this file as JSON.")] = None,
     address: Annotated[str | None, typer.Option(help="Ray cluster; default: one of its own on this machine.")] = None,
-    verbose: Annotated[bool, typer.Option(help="Show Ray's logs, and the trace of what went wrong.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Show Ray's logs, and the trace of what went wrong.")
+    ] = False,
 ) -> None:
     """Answer every row of a table as JOB says, and write the answers as a table.
 
-    Exit codes: 0 complete, 1 incomplete, 2 refused before anything was started, 3 complete with failed rows
-    (--strict), 130 stopped by Ctrl-C.
+    Exit codes: 0 complete; 1 incomplete; 2 refused before the start; 3 failed rows (--strict); 130 stopped by Ctrl-C.
     """
     console = Console()
     errors = Console(stderr=True)

@@ -292,7 +292,8 @@ def _marker(plan: Plan, result: JobResult, parts: dict[str, int]) -> bytes:
 def _intro(plan: Plan) -> str:
     census = plan.census
     left_out = f", {census.num_skipped_files} left out" if census.num_skipped_files else ""
-    source = f"{census.num_rows:,} rows from {census.num_files:,} file(s) ({census.format}{left_out})"
+    files = f"{census.num_files:,} file{'s' * (census.num_files != 1)}"
+    source = f"{census.num_rows:,} rows from {files} ({census.format}{left_out})"
     return f"{source}: {census.spec.uri}\nmodel: {plan.spec.model.model}"
 
 

@@ -132,10 +132,10 @@ def _counts(table: pa.Table) -> dict[str, Any]:
 
 
 def _samples(table: pa.Table) -> list[dict[str, Any]]:
-    """The first rows and the first bad one, long texts cut."""
-    bad = pc.indices_nonzero(pc.is_valid(table["error_type"]))[:1]
+    """The first good rows and the first bad one, long texts cut."""
+    good, bad = (pc.indices_nonzero(test(table["error_type"])) for test in (pc.is_null, pc.is_valid))
     table = table.drop_columns([name for name in WHEN_ASKED if name in table.column_names])
-    rows = table.slice(0, SAMPLES_PER_PART).to_pylist() + table.take(bad).to_pylist()
+    rows = table.take(good[:SAMPLES_PER_PART]).to_pylist() + table.take(bad[:1]).to_pylist()
     return [{key: None if value is None else str(value)[:SAMPLE_CHARS] for key, value in row.items()} for row in rows]
 
 

@@ -82,7 +82,7 @@ def test_a_table_goes_in_and_comes_out(tmp_path, local_ray, model_path, job, tab
     marker = json.loads((tmp_path / "out" / MARKER).read_text())
     assert {part["name"] for part in marker["parts"]} | {MARKER} == set(os.listdir(tmp_path / "out"))
     assert (marker["num_ok"], marker["status"], marker["keys_out"]) == (12, "complete", result.keys_in)
-    assert "12 rows from 1 file(s)" in shown
+    assert "12 rows from 1 file " in shown
     begin = "[user]Say: " if sink == "jsonl" else "Say: "
     end = "[bot]" if sink == "jsonl" else ""
     prompts = [f"{begin}{text}{end}" for text in table["text"].to_pylist()]
