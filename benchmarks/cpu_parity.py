@@ -137,7 +137,7 @@ def run(name: str, judge: Judge, label: list[Any], num_rows: int, stop_at_eos: b
     params = rayinfer.SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=not stop_at_eos, detokenize=False)
     prompts = [{"prompt_token_ids": ids} for ids in reference.prompts[:num_rows]]
     start = time.perf_counter()
-    outputs = llm.generate(prompts, params)
+    outputs = llm.generate(prompts, params, use_tqdm=False)
     outcome = Outcome(label, num_rows, time.perf_counter() - start)
     for row, output in enumerate(outputs):
         expected = reference.tokens[row]
@@ -157,6 +157,7 @@ def run_model(name: str, options: argparse.Namespace) -> tuple[str, bool]:
     reference = make_reference(name, options.prompts, options.tokens)
     judge = Judge(name, reference)
     longest = max(map(len, reference.prompts)) + options.tokens
+    common = dict(max_model_len=longest + 1, num_threads=options.threads)
     outcomes: list[Outcome] = []
 
     def add(outcome: Outcome) -> None:
@@ -170,15 +171,16 @@ def run_model(name: str, options: argparse.Namespace) -> tuple[str, bool]:
         num_rows = min(options.prompts, options.prompts_at_batch_1 if batch == 1 else options.prompts)
         label = [batch, "whole" if chunk == WHOLE else chunk, block, "on" if prefix else "off", ""]
         engine = dict(max_num_seqs=batch, max_num_batched_tokens=chunk, block_size=block, enable_prefix_caching=prefix)
-        add(run(name, judge, label, num_rows, **engine, max_model_len=longest + 1))
+        add(run(name, judge, label, num_rows, **engine, **common))
     for block in options.blocks:
         # Four full rows fit, many more are let in: the youngest must give way.
         pool = 4 * -(-longest // block) + 1
-        engine = dict(max_num_seqs=64, max_num_batched_tokens=64, block_size=block, max_model_len=longest + 1)
+        engine = dict(max_num_seqs=64, max_num_batched_tokens=64, block_size=block, **common)
         label = [64, 64, block, "on", f"{pool} KV blocks"]
         add(run(name, judge, label, options.prompts, **engine, num_gpu_blocks_override=pool))
-    add(run(name, judge, [64, "whole", 16, "on", "EOS ends rows"], options.prompts, stop_at_eos=True,
-            max_num_seqs=64, max_num_batched_tokens=WHOLE, block_size=16, max_model_len=longest + 1))  # fmt: skip
+    label = [64, "whole", 16, "on", "EOS ends rows"]
+    engine = dict(max_num_seqs=64, max_num_batched_tokens=WHOLE, block_size=16, **common)
+    add(run(name, judge, label, options.prompts, stop_at_eos=True, **engine))
 
     header = ["batch", "chunk", "block", "prefix cache", "", "rows", "equal", "within error", "wrong", "cached tokens",
               "preemptions", "seconds"]  # fmt: skip
@@ -212,6 +214,7 @@ def main() -> int:
     parser.add_argument("--chunks", nargs="+", type=int, default=[16, 64, WHOLE], help=f"{WHOLE}: whole prompts")
     parser.add_argument("--blocks", nargs="+", type=int, default=[16, 32])
     parser.add_argument("--batches", nargs="+", type=int, default=[64, 1])
+    parser.add_argument("--threads", type=int, help="torch threads of the engine; default: all cores")
     options = parser.parse_args()
     sections, good = [], True
     for name in options.models:

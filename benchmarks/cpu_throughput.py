@@ -71,11 +71,13 @@ def run_llm(num_rows: int, max_tokens: int, _: int) -> Timing:
     import rayinfer
 
     llm = rayinfer.LLM(str(gguf_path(MODEL)), max_model_len=1024, dtype="float32", device="cpu")
-    llm.chat([[{"role": "user", "content": "Hello"}]], rayinfer.SamplingParams(temperature=0, max_tokens=4))
+    llm.chat(
+        [[{"role": "user", "content": "Hello"}]], rayinfer.SamplingParams(temperature=0, max_tokens=4), use_tqdm=False
+    )
     llm.reset_prefix_cache()
     conversations = [messages(row) for row in load_rows(num_rows)]
     start = time.perf_counter()
-    outputs = llm.chat(conversations, rayinfer.SamplingParams(temperature=0, max_tokens=max_tokens))
+    outputs = llm.chat(conversations, rayinfer.SamplingParams(temperature=0, max_tokens=max_tokens), use_tqdm=False)
     seconds = time.perf_counter() - start
     return dict(seconds=seconds, num_tokens=sum(len(output.outputs[0].token_ids) for output in outputs))
 
