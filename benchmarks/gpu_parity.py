@@ -1,10 +1,11 @@
 """Log-probabilities of the whole engine against transformers, teacher-forced, on a GPU with a real model.
 
-    python benchmarks/gpu_parity.py --model .cache/models/SmolLM2-135M-Instruct.Q4_1.gguf --rows .cache/data/demo.parquet
+    python benchmarks/gpu_parity.py --model .cache/models/SmolLM2-135M-Instruct.Q4_1.gguf \\
+        --rows .cache/data/demo.parquet
 
-The engine answers the rows greedily (prefix cache, chunks, CUDA graphs); transformers then reads prompt and answer in one
-forward. Compared at every position: what decode steps gave for the answer's tokens, and what prompt chunks give for all
-tokens. transformers in float32 is the yardstick for the error that bfloat16 itself brings to either side.
+The engine answers the rows greedily (prefix cache, chunks, CUDA graphs); transformers then reads prompt and answer in
+one forward. Compared at every position: what decode steps gave for the answer's tokens, and what prompt chunks give
+for all tokens. transformers in float32 is the yardstick for the error that bfloat16 itself brings to either side.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ def engine_logprobs(args: argparse.Namespace, dtype: str, rows: list[dict[str, A
     return results
 
 
-def reference_logprobs(args: argparse.Namespace, dtype: torch.dtype, results: list[dict[str, Any]]) -> list[list[float]]:
+def reference_logprobs(
+    args: argparse.Namespace, dtype: torch.dtype, results: list[dict[str, Any]]
+) -> list[list[float]]:
     """transformers' log-probability of each token but the first, given those before it."""
     from transformers import AutoModelForCausalLM
 
@@ -65,7 +68,8 @@ def reference_logprobs(args: argparse.Namespace, dtype: torch.dtype, results: li
 
 def difference(a: list[list[float]], b: list[list[float]]) -> torch.Tensor:
     """Absolute differences at every position of all rows."""
-    return torch.cat([(torch.tensor(x[-len(y) :] if y else []) - torch.tensor(y)).abs() for x, y in zip(a, b, strict=True)])
+    pairs = [(torch.tensor(x[len(x) - len(y) :]), torch.tensor(y)) for x, y in zip(a, b, strict=True)]
+    return torch.cat([(x - y).abs() for x, y in pairs])
 
 
 def main() -> None:

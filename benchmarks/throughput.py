@@ -2,8 +2,8 @@
 
     python benchmarks/throughput.py --model FOLDER --workloads W1,W2:256,W5 --engines rayinfer,vllm,transformers
 
-FOLDER needs only a config.json: weights are random, EOS is ignored, so every engine generates exactly the same number of
-tokens. Each engine runs in a process of its own. transformers gets one static batch of --transformers-rows rows.
+FOLDER needs only a config.json: weights are random, EOS is ignored, so every engine generates exactly the same number
+of tokens. Each engine runs in a process of its own. transformers gets one static batch of --transformers-rows rows.
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ def run_rayinfer(args: argparse.Namespace) -> None:
     from rayinfer import LLM, SamplingParams
 
     start = time.perf_counter()
-    llm = LLM(
-        args.model, load_format="dummy", skip_tokenizer_init=True, max_model_len=args.max_model_len, **args.engine_kwargs
-    )
+    options = {"load_format": "dummy", "skip_tokenizer_init": True, "max_model_len": args.max_model_len}
+    llm = LLM(args.model, **options, **args.engine_kwargs)
     init = time.perf_counter() - start
 
     def generate(work: workloads.Workload) -> tuple[float, int]:

@@ -196,7 +196,7 @@ class Engine:
                 is_eos = token in self.info.eos_token_ids and not request.params.ignore_eos
                 request.stop_reason = None if is_eos else token
                 return True
-            if request.params.stop:
+            if request.params.stop and self.tokenizer is not None:
                 request.stop_reason = find_stop_string(self.tokenizer, request)
                 if request.stop_reason is not None:
                     request.finish_reason = "stop"
@@ -217,10 +217,12 @@ class Engine:
         stats.num_prompt_tokens += request.num_prompt_tokens
         stats.num_cached_tokens += max(request.num_cached_tokens, 0)
         stats.num_generated_tokens += len(request.output_token_ids)
-        wants_text = self.tokenizer is not None and params.detokenize and request.error_type is None
+        text = ""
+        if self.tokenizer is not None and params.detokenize and request.error_type is None:
+            text = final_text(self.tokenizer, request)
         completion = CompletionOutput(
             index=0,
-            text=final_text(self.tokenizer, request) if wants_text else "",
+            text=text,
             token_ids=request.output_token_ids,
             logprobs=request.output_logprobs if params.logprobs is not None else None,
             finish_reason=request.finish_reason,
@@ -263,7 +265,7 @@ class Engine:
             entry.setdefault(other, Logprob(value, rank))
         if self.tokenizer is not None:
             for other, logprob in entry.items():
-                logprob.decoded_token = self.tokenizer.decode([other])
+                logprob.decoded_token = str(self.tokenizer.decode([other]))
         return entry
 
     def _row_seed(self) -> int:

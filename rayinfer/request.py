@@ -28,13 +28,13 @@ class CompletionOutput:
     token_ids: list[int]
     cumulative_logprob: float | None = None
     logprobs: list[dict[int, Logprob]] | None = None
-    finish_reason: str | None = None  # "stop", "length", "error", "abort"
+    finish_reason: str | None = None  # "stop", "length", "error"
     stop_reason: int | str | None = None  # the stop token id or stop string, when one ended the row
 
 
 @dataclass(slots=True)
 class RequestOutput:
-    """A finished row, with vLLM's field names; a failed one has `error_type` and no tokens."""
+    """A finished row, with vLLM's field names; a failed one has `error_type`, and the tokens it had got until then."""
 
     request_id: str
     prompt: str | None
@@ -75,8 +75,6 @@ class Request:
     prefix_id: int = 0  # the prefix cache's name for those blocks; 0 is the empty prefix
     num_cached_tokens: int = -1  # prompt tokens found in the prefix cache when first admitted
     num_preemptions: int = 0
-    text: str = ""
-    text_matcher: Any = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     error_type: str | None = None

@@ -116,9 +116,6 @@ class Scheduler:
                 continue
             budget -= num_new
             (decodes.append(request) if num_new == 1 else chunks.append((request, num_new)))
-        # A row scheduled above may since have been preempted for a later one; its slot says so.
-        decodes = [r for r in decodes if r.slot >= 0]
-        chunks = [(r, n) for r, n in chunks if r.slot >= 0]
         if self.num_preemptions == num_preemptions:  # else a row just put back would take the blocks again
             self._admit(budget, decodes, chunks)
         rows = decodes + [request for request, _ in chunks]
@@ -131,7 +128,10 @@ class Scheduler:
         return PROMPT_LOGPROB_CHUNK if wants_prompt else self.max_num_batched_tokens
 
     def _make_room(self, request: Request, num_new: int) -> bool:
-        """Give the row blocks for `num_new` more tokens, preempting the youngest rows if none are free."""
+        """Give the row blocks for `num_new` more tokens, preempting the youngest rows if none are free.
+
+        Rows are served from the oldest on, so a row that gives way was not yet given anything in this step.
+        """
         while not self._grow(request, num_new):
             victim = self.running[-1]
             self._preempt(victim)
@@ -152,7 +152,6 @@ class Scheduler:
 
     def _preempt(self, request: Request) -> None:
         """Take the blocks of a row and queue it again; its KV is computed anew (or found in the prefix cache)."""
-        self._new_blocks = [entry for entry in self._new_blocks if entry[0] != request.slot]
         self.running.remove(request)
         self._release(request)
         request.num_preemptions += 1

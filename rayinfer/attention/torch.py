@@ -51,13 +51,13 @@ class TorchBackend:
     ) -> None:
         num_rows, group = meta.num_decodes, spec.num_heads // spec.num_kv_heads
         blocks_BP, mask_B1L, stale = self._gather(cache, spec, meta)
-        gathered = []
+        gathered: list[torch.Tensor] = []
         for c in (cache.k_NSKD, cache.v_NSKD):
             kv_BLKD = c.index_select(0, blocks_BP.flatten()).view(num_rows, -1, spec.num_kv_heads, spec.head_dim)
             kv_BLKD[stale] = 0  # slots past a row's end may hold NaN, and 0 * NaN is NaN
             gathered.append(kv_BLKD.transpose(1, 2))
         q_BKgD = q_THD[:num_rows].reshape(num_rows, spec.num_kv_heads, group, spec.head_dim)
-        out_BKgD = _attend(q_BKgD, *gathered, mask_B1L, spec)
+        out_BKgD = _attend(q_BKgD, gathered[0], gathered[1], mask_B1L, spec)
         out_THD[:num_rows] = out_BKgD.reshape(num_rows, spec.num_heads, spec.head_dim)
 
     def _chunks(self, cache: LayerCache, spec: LayerSpec, meta: StepMeta) -> list[tuple]:

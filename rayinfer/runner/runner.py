@@ -63,7 +63,8 @@ class StepHandle:
             self._event.synchronize()
         token_ids, *tops = [None if t is None else t.numpy() for t in self._tensors]
         assert token_ids is not None
-        own, prompt = (None if v is None else TopLogprobs(v, i) for v, i in zip(tops[::2], tops[1::2], strict=True))
+        pairs = zip(tops[::2], tops[1::2], strict=True)
+        own, prompt = (None if v is None or i is None else TopLogprobs(v, i) for v, i in pairs)
         return StepResult(token_ids[:, None], own, prompt)
 
 
