@@ -16,8 +16,8 @@ class Paged:
     """Rows of random keys and values in a cache whose every unused slot holds NaN."""
 
     cache: LayerCache
-    table_RP: torch.Tensor  # noqa: N815
-    seq_lens_R: torch.Tensor  # noqa: N815
+    table_RP: torch.Tensor
+    seq_lens_R: torch.Tensor
     keys: list[torch.Tensor]  # float32 [seq_len, K, D] of each row
     values: list[torch.Tensor]
 
