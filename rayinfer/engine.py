@@ -290,7 +290,7 @@ class Engine:
 def _keep_freed_memory() -> None:
     """Tell glibc not to give a step's memory back to the system: the next step would take page faults for it anew.
 
-    Above all in threads other than the first, whose heaps glibc trims early: a step's kernel time fell from 22 % to 7 %.
+    Above all in threads other than the first, whose heaps glibc trims early: time in the system fell from 22 % to 7 %.
     Other C libraries are left alone. The numbers are M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of mallopt(3).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
