@@ -34,6 +34,7 @@ from rayinfer.kernels.paged_prefill import paged_prefill
 from rayinfer.kernels.rms_norm import add_rms_norm, rms_norm
 from rayinfer.kernels.rope_kv import qk_norm_rope_write, write_kv
 from rayinfer.kernels.sampling import greedy, sample
+from rayinfer.kernels.shared_prefix import shared_prefix
 
 TARGETS = {"cuda": GPUTarget("cuda", 90, 32), "hip": GPUTarget("hip", "gfx942", 64)}
 MAX_SHARED = {"cuda": 227 * 1024, "hip": 64 * 1024}  # bytes a block may use: sm_90, CDNA 3
@@ -66,6 +67,11 @@ def _cases() -> dict[str, Callable[[], object]]:
         def decode(q=q, cache=cache, layer=layer, **options):
             paged_decode(q[:rows], cache, cache, table, lens, **layer, **options)
 
+        def prefix(q=q, cache=cache, softcap=softcap):
+            inputs = (q[:rows], cache, cache, table)
+            part = shared_prefix(*inputs, starts[:65], lens[:64], scale=1.0, softcap=softcap)
+            paged_decode(*inputs, lens, scale=1.0, softcap=softcap, shared_len_B=lens, prefix=part)
+
         def prefill(q=q, cache=cache, layer=layer):
             paged_prefill(q, cache, cache, table, lens, starts, max_query_len=tokens, **layer)
 
@@ -80,6 +86,7 @@ def _cases() -> dict[str, Callable[[], object]]:
             qk_norm_rope_write(qkv, angles, angles, slots, slots, cache, cache, **shape, **norms)
 
         cases[f"decode {name}"] = decode
+        cases[f"prefix {name}"] = prefix
         cases[f"prefill {name}"] = prefill
         cases[f"rope {name}"] = rope
     llama = cases["decode llama-8b"]

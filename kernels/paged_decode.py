@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from rayinfer.kernels.paged_tiles import FLOOR, attend_tiles, check_cache, num_processors
+from rayinfer.kernels.paged_tiles import FLOOR, attend_tiles, check_cache, merge_kernel, num_processors
 
 # With fewer tiles each, a program's start and the merge cost more than the tiles.
 _MIN_TILES = 2
@@ -37,7 +37,8 @@ def _num_tiles(seq_len, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
 
 # These vary from step to step: a value that is 1 or a multiple of 16, or another alignment, would compile anew.
 @triton.jit(
-    do_not_specialize=["num_rows", "table_stride"], do_not_specialize_on_alignment=["table_ptr", "seq_lens_ptr"]
+    do_not_specialize=["num_rows", "table_stride"],
+    do_not_specialize_on_alignment=["table_ptr", "seq_lens_ptr", "shared_len_ptr"],
 )
 def _decode_kernel(
     q_ptr,
@@ -49,6 +50,9 @@ def _decode_kernel(
     task_ptr,
     table_ptr,
     seq_lens_ptr,
+    shared_len_ptr,
+    prefix_ptr,
+    prefix_lse_ptr,
     num_rows,
     q_strides,
     out_strides,
@@ -70,11 +74,16 @@ def _decode_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Tiles are numbered over (row, KV head, tile of the row); program i takes numbers [i * share, (i + 1) * share)."""
+    """Tiles are numbered over (row, KV head, tile of the row); program i takes numbers [i * share, (i + 1) * share).
+
+    With `shared_len_ptr` a row is what follows its shared prefix: only windows need positions, and there are none then.
+    """
     pid = tl.program_id(0)
     if SPLIT:
         row_B = tl.arange(0, BLOCK_B)
         len_B = tl.load(seq_lens_ptr + row_B, mask=row_B < num_rows, other=0)
+        if shared_len_ptr is not None:
+            len_B -= tl.load(shared_len_ptr + row_B, mask=row_B < num_rows, other=0)
         tiles_B = tl.where(row_B < num_rows, _num_tiles(len_B, WINDOW, BLOCK_N), 0) * NUM_KV_HEADS
         end_B = tl.cumsum(tiles_B, 0)
         total = tl.sum(tiles_B, 0)
@@ -96,6 +105,11 @@ def _decode_kernel(
     mask_MD = (m_M < GROUP)[:, None] & (d_D < HEAD_DIM)[None, :]
     while at < stop:
         seq_len = tl.load(seq_lens_ptr + row)
+        first_block = 0
+        if shared_len_ptr is not None:
+            shared_len = tl.load(shared_len_ptr + row)
+            seq_len -= shared_len
+            first_block = shared_len // PAGE
         tiles = _num_tiles(seq_len, WINDOW, BLOCK_N)
         kv_head = (at - row_start) // tiles
         item_start = row_start + kv_head * tiles
@@ -104,15 +118,26 @@ def _decode_kernel(
         low = _first_tile(seq_len, WINDOW, BLOCK_N)
 
         q_MD = q_ptr + row.to(tl.int64) * q_strides[0] + (kv_head * GROUP + m_M)[:, None] * q_strides[1] + d_D[None, :]
+        acc_MD = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        max_M = tl.full([BLOCK_M], FLOOR, tl.float32)
+        sum_M = tl.zeros([BLOCK_M], tl.float32)
+        if shared_len_ptr is not None:
+            # The prefix's result is the state that its row goes on from.
+            known_M = (m_M < GROUP) & (begin == 0) & (shared_len > 0)
+            known_MD = known_M[:, None] & (d_D < HEAD_DIM)[None, :]
+            pair_M = (kv_head.to(tl.int64) * num_rows + row) * GROUP + m_M
+            acc_MD = tl.load(prefix_ptr + pair_M[:, None] * HEAD_DIM + d_D[None, :], mask=known_MD, other=0.0)
+            max_M = tl.load(prefix_lse_ptr + pair_M, mask=known_M, other=FLOOR)
+            sum_M = known_M.to(tl.float32)
         acc_MD, max_M, sum_M = attend_tiles(
             tl.load(q_MD, mask=mask_MD, other=0.0),
             tl.full([BLOCK_M], 0, tl.int32) + (seq_len - 1),
-            tl.zeros([BLOCK_M, BLOCK_D], tl.float32),
-            tl.full([BLOCK_M], FLOOR, tl.float32),
-            tl.zeros([BLOCK_M], tl.float32),
+            acc_MD,
+            max_M,
+            sum_M,
             k_ptr + kv_head.to(tl.int64) * k_strides[2],
             v_ptr + kv_head.to(tl.int64) * v_strides[2],
-            table_ptr + row.to(tl.int64) * table_stride,
+            table_ptr + row.to(tl.int64) * table_stride + first_block,
             k_strides,
             v_strides,
             seq_len,
@@ -146,47 +171,6 @@ def _decode_kernel(
             row += 1
 
 
-@triton.jit
-def _merge_kernel(
-    part_ptr,
-    lse_ptr,
-    task_ptr,
-    out_ptr,
-    out_strides,
-    NUM_KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
-    """Merge the parts of the item that program `pid` of the decode kernel began and did not end, for one query head."""
-    pid = tl.program_id(0)
-    g = tl.program_id(1)
-    item = tl.load(task_ptr + 2 * pid)
-    if item >= 0:
-        last = tl.load(task_ptr + 2 * pid + 1)
-        d_D = tl.arange(0, BLOCK_D)
-        acc_D = tl.zeros([BLOCK_D], tl.float32)
-        high = FLOOR
-        total = 0.0
-        for first in range(pid, last + 1, BLOCK_P):
-            program_P = first + tl.arange(0, BLOCK_P)
-            part_P = (2 * program_P + (program_P == pid).to(tl.int32)) * GROUP + g
-            lse_P = tl.load(lse_ptr + part_P, mask=program_P <= last, other=float("-inf"))
-            mask_PD = (program_P <= last)[:, None] & (d_D < HEAD_DIM)[None, :]
-            part_PD = tl.load(part_ptr + part_P[:, None] * HEAD_DIM + d_D[None, :], mask=mask_PD, other=0.0)
-            new_high = tl.maximum(high, tl.max(lse_P, 0))
-            weight_P = tl.exp2(lse_P - new_high)
-            decay = tl.exp2(high - new_high)
-            acc_D = acc_D * decay + tl.sum(part_PD * weight_P[:, None], 0)
-            total = total * decay + tl.sum(weight_P, 0)
-            high = new_high
-        row = (item // NUM_KV_HEADS).to(tl.int64)
-        head = (item % NUM_KV_HEADS) * GROUP + g
-        out_D = out_ptr + row * out_strides[0] + head * out_strides[1] + d_D
-        tl.store(out_D, (acc_D / total).to(out_ptr.dtype.element_ty), mask=d_D < HEAD_DIM)
-
-
 def _launch_shape(block_d: int, itemsize: int) -> tuple[int, int, int, int]:
     """Tokens of a KV tile, warps, pipeline stages, and programs for each multiprocessor.
 
@@ -209,6 +193,8 @@ def paged_decode(
     softcap: float | None = None,
     out_BHD: torch.Tensor | None = None,
     num_programs: int | None = None,
+    shared_len_B: torch.Tensor | None = None,
+    prefix: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
 ) -> torch.Tensor:
     """Attention of each row's last token, at position seq_len - 1, over the row's cached keys and values.
 
@@ -221,6 +207,8 @@ def paged_decode(
         out_BHD: where to write; a new tensor by default.
         num_programs: how many programs share the tiles; default by device. 0: one for each row and KV head, never
             split, so that a row's result does not depend on the batch.
+        shared_len_B: int32, tokens at the front of each row, a multiple of S below seq_len or 0, whose attention is
+            `prefix`, what `shared_prefix` returned. Neither with a window nor with num_programs=0.
 
     Returns:
         The output, [B, H, D] of q's dtype; accumulation is in float32.
@@ -238,6 +226,7 @@ def paged_decode(
     block_d = max(16, triton.next_power_of_2(head_dim))
     block_n, num_warps, num_stages, programs_per_sm = _launch_shape(block_d, q_BHD.element_size())
     split = num_programs != 0
+    assert shared_len_B is None or (prefix[0] is not None and split and not sliding_window)
     if num_programs is None:
         num_programs = programs_per_sm * num_processors(device)
     if not split:
@@ -246,27 +235,11 @@ def paged_decode(
     part = torch.empty(num_parts, group, head_dim, device=device, dtype=torch.float32)
     lse = torch.empty(num_parts, group, device=device, dtype=torch.float32)
     task = torch.empty(num_parts, device=device, dtype=torch.int32)
+    tensors = (q_BHD, k_NSKD, v_NSKD, out_BHD, part, lse, task, block_table_BP, seq_lens_B, shared_len_B)
+    strides = (q_BHD.stride()[:2], out_BHD.stride()[:2], block_table_BP.stride(0))
+    shape = dict(NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_D=block_d)
     _decode_kernel[(num_programs,)](
-        q_BHD,
-        k_NSKD,
-        v_NSKD,
-        out_BHD,
-        part,
-        lse,
-        task,
-        block_table_BP,
-        seq_lens_B,
-        num_rows,
-        q_BHD.stride()[:2],
-        out_BHD.stride()[:2],
-        block_table_BP.stride(0),
-        k_NSKD.stride()[:3],
-        v_NSKD.stride()[:3],
-        scale,
-        softcap or 0.0,
-        NUM_KV_HEADS=num_kv_heads,
-        GROUP=group,
-        HEAD_DIM=head_dim,
+        *tensors, *prefix, num_rows, *strides, k_NSKD.stride()[:3], v_NSKD.stride()[:3], scale, softcap or 0.0,
         PAGE=k_NSKD.shape[1],
         WINDOW=sliding_window or 0,
         SOFTCAP=bool(softcap),
@@ -275,22 +248,9 @@ def paged_decode(
         BLOCK_B=max(1024, triton.next_power_of_2(num_rows)) if split else 1,  # one kernel for all but huge batches
         BLOCK_M=max(16, triton.next_power_of_2(group)),
         BLOCK_N=block_n,
-        BLOCK_D=block_d,
-        num_warps=num_warps,
-        num_stages=num_stages,
-    )
+        **shape, num_warps=num_warps, num_stages=num_stages,
+    )  # fmt: skip
     if split:
-        _merge_kernel[(num_programs, group)](
-            part,
-            lse,
-            task,
-            out_BHD,
-            out_BHD.stride()[:2],
-            NUM_KV_HEADS=num_kv_heads,
-            GROUP=group,
-            HEAD_DIM=head_dim,
-            BLOCK_D=block_d,
-            BLOCK_P=16,
-            num_warps=2,
-        )
+        strides = out_BHD.stride()[:2]
+        merge_kernel[(num_programs, group)](part, lse, task, out_BHD, None, strides, **shape, BLOCK_P=16, num_warps=2)
     return out_BHD

@@ -1,4 +1,5 @@
-"""The loop over KV tiles that paged decode and paged prefill share: online softmax (Milakov and Gimelshein, 2018).
+"""What the paged attention kernels share: the loop over KV tiles (online softmax, Milakov and Gimelshein, 2018) and the
+merge of results over parts of a row.
 
 Legend: M rows of a query tile, N tokens of a KV tile, D head size; the others are in `rayinfer.attention.base`.
 """
@@ -85,6 +86,55 @@ def attend_tiles(
         acc_MD = tl.dot(p_MN.to(v_ND.dtype), v_ND, acc_MD * decay_M[:, None], input_precision="ieee")
         max_M = new_max_M
     return acc_MD, max_M, sum_M
+
+
+@triton.jit
+def merge_kernel(
+    part_ptr,
+    lse_ptr,
+    task_ptr,
+    out_ptr,
+    out_lse_ptr,
+    out_strides,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Merge the parts of the item that program `pid` of the kernel before began and did not end, for one query head.
+
+    With `out_lse_ptr` items are where their first head's log-sum-exp goes; a head whose parts have none is left out.
+    """
+    pid = tl.program_id(0)
+    g = tl.program_id(1)
+    item = tl.load(task_ptr + 2 * pid)
+    if item >= 0:
+        last = tl.load(task_ptr + 2 * pid + 1)
+        d_D = tl.arange(0, BLOCK_D)
+        acc_D = tl.zeros([BLOCK_D], tl.float32)
+        high = FLOOR
+        total = 0.0
+        for first in range(pid, last + 1, BLOCK_P):
+            program_P = first + tl.arange(0, BLOCK_P)
+            part_P = (2 * program_P + (program_P == pid).to(tl.int32)) * GROUP + g
+            lse_P = tl.load(lse_ptr + part_P, mask=program_P <= last, other=float("-inf"))
+            mask_PD = (program_P <= last)[:, None] & (d_D < HEAD_DIM)[None, :]
+            part_PD = tl.load(part_ptr + part_P[:, None] * HEAD_DIM + d_D[None, :], mask=mask_PD, other=0.0)
+            new_high = tl.maximum(high, tl.max(lse_P, 0))
+            weight_P = tl.exp2(lse_P - new_high)
+            decay = tl.exp2(high - new_high)
+            acc_D = acc_D * decay + tl.sum(part_PD * weight_P[:, None], 0)
+            total = total * decay + tl.sum(weight_P, 0)
+            high = new_high
+        row = (item // NUM_KV_HEADS).to(tl.int64)
+        head = (item % NUM_KV_HEADS) * GROUP + g
+        out_D = out_ptr + row * out_strides[0] + head * out_strides[1] + d_D
+        if out_lse_ptr is None:
+            tl.store(out_D, (acc_D / total).to(out_ptr.dtype.element_ty), mask=d_D < HEAD_DIM)
+        elif total > 0:
+            tl.store(out_D, acc_D / total, mask=d_D < HEAD_DIM)
+            tl.store(out_lse_ptr + item + g, high + tl.log2(total))
 
 
 @functools.cache

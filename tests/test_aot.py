@@ -16,12 +16,13 @@ KERNELS = {
     "_act_mul_kernel",
     "_decode_kernel",
     "_greedy_kernel",
-    "_merge_kernel",
     "_prefill_kernel",
+    "_prefix_kernel",
     "_qk_norm_rope_write_kernel",
     "_rms_norm_kernel",
     "_sample_kernel",
     "_write_kv_kernel",
+    "merge_kernel",
 }
 
 

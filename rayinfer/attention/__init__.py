@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import device as Device
 
-from rayinfer.attention.base import AttentionBackend, LayerCache, LayerSpec, StepMeta
+from rayinfer.attention.base import AttentionBackend, LayerCache, LayerSpec, StepMeta, StepOutputs
 
-__all__ = ["AttentionBackend", "LayerCache", "LayerSpec", "StepMeta", "get_backend"]
+__all__ = ["AttentionBackend", "LayerCache", "LayerSpec", "StepMeta", "StepOutputs", "get_backend"]
 
 
 def get_backend(name: str, device: Device) -> AttentionBackend:

@@ -45,6 +45,13 @@ class StepMeta:
         num_decodes: rows of one token at the front.
         max_seq_len: at least max(seq_lens_R).
         max_query_len: at least the longest prompt chunk (1 if there is none).
+        group_start_G1: int32 [G + 1], ascending: decode rows [group_start[g], group_start[g + 1]) are group g; it may
+            be empty; rows after the last group are alone. None: no groups. They only tell what can be read once: a
+            backend that ignores them (torch) computes the same.
+        group_len_G: int32, tokens that a group's rows share, a multiple of block_size: the first blocks of the first
+            row's table. 0: its rows are alone.
+        shared_len_B: int32 [num_decodes], group_len of each row's group; 0 for rows alone and for padding.
+        outputs: the tokens whose hidden states are wanted; None: all. See `StepOutputs`.
         scratch: what a backend worked out for one layer and can use again in the next.
     """
 
@@ -56,7 +63,24 @@ class StepMeta:
     num_decodes: int
     max_seq_len: int
     max_query_len: int
+    group_start_G1: torch.Tensor | None = None
+    group_len_G: torch.Tensor | None = None
+    shared_len_B: torch.Tensor | None = None
+    outputs: StepOutputs | None = None
     scratch: dict[Any, Any] = field(default_factory=dict)
+
+
+@dataclass
+class StepOutputs:
+    """Rows that yield a token: of prompt chunks, the last layer computes their last token and no other.
+
+    Attributes:
+        index_L: int64, the last token of each such row in the step.
+        meta: the same rows as decodes of one token each, their KV written already.
+    """
+
+    index_L: torch.Tensor
+    meta: StepMeta
 
 
 @dataclass

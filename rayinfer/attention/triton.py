@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from rayinfer.attention.base import LayerCache, LayerSpec, StepMeta
@@ -9,6 +11,7 @@ from rayinfer.errors import ConfigError
 from rayinfer.kernels.paged_decode import paged_decode
 from rayinfer.kernels.paged_prefill import paged_prefill
 from rayinfer.kernels.rope_kv import write_kv
+from rayinfer.kernels.shared_prefix import shared_prefix
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -69,14 +72,20 @@ class TritonBackend:
     ) -> None:
         """Attend for rows [0, num_decodes), writing tokens [0, num_decodes) of `out_THD`."""
         num = meta.num_decodes
+        rows = (q_THD[:num], cache.k_NSKD, cache.v_NSKD, meta.block_table_RP[:num])
+        shared: dict[str, Any] = {}
+        # The keys that a window shows are not the same for all rows of a group.
+        if meta.group_start_G1 is not None and spec.sliding_window is None:
+            assert meta.group_len_G is not None
+            groups = meta.group_start_G1, meta.group_len_G
+            prefix = shared_prefix(*rows, *groups, scale=spec.scale, softcap=spec.softcap)
+            shared = dict(shared_len_B=meta.shared_len_B, prefix=prefix)
         paged_decode(
-            q_THD[:num],
-            cache.k_NSKD,
-            cache.v_NSKD,
-            meta.block_table_RP[:num],
+            *rows,
             meta.seq_lens_R[:num],
             scale=spec.scale,
             sliding_window=spec.sliding_window,
             softcap=spec.softcap,
             out_BHD=out_THD[:num],
+            **shared,
         )

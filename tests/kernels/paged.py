@@ -50,6 +50,18 @@ def make_paged(
     return Paged(LayerCache(caches[0], caches[1]), table.int().to(device), lens, keys, values)
 
 
+def share(paged: Paged, starts: list[int], lengths: list[int]) -> Paged:
+    """Give rows [starts[g], starts[g + 1]) the first lengths[g] tokens of their first row, for each group g."""
+    block_size = paged.cache.k_NSKD.shape[1]
+    for first, last, length in zip(starts, starts[1:], lengths, strict=False):
+        assert length % block_size == 0
+        paged.table_RP[first:last, : length // block_size] = paged.table_RP[first, : length // block_size].clone()
+        for row in range(first + 1, last):
+            for kept, its in ((paged.keys, paged.keys[first]), (paged.values, paged.values[first])):
+                kept[row] = torch.cat([its[:length], kept[row][length:]])
+    return paged
+
+
 def reference(
     q_QHD: torch.Tensor,
     k_LKD: torch.Tensor,

@@ -10,7 +10,7 @@ import torch
 from rayinfer.attention.base import LayerSpec, StepMeta
 from rayinfer.attention.triton import TritonBackend
 from rayinfer.errors import ConfigError
-from tests.kernels.paged import TOLERANCE, reference
+from tests.kernels.paged import TOLERANCE, make_paged, reference, share
 
 SPEC = LayerSpec(layer=0, num_heads=6, num_kv_heads=2, head_dim=64, scale=0.125, sliding_window=24, softcap=20.0)
 
@@ -88,3 +88,33 @@ def test_refuses(changes, dtype, block_size, named):
 
 def test_accepts():
     TritonBackend().check(SPEC, torch.bfloat16, 128)
+
+
+@pytest.mark.parametrize("window", [None, 24])
+def test_groups(window, dtype, device):
+    """A step with a group of three, a row alone and padding; where there is a window, groups must change nothing."""
+    spec = replace(SPEC, sliding_window=window)
+    paged = share(make_paged([70, 50, 65, 9, 0], 2, 64, 16, dtype, device), [0, 3, 3], [48, 16])
+    int32 = dict(dtype=torch.int32, device=device)
+    meta = StepMeta(
+        positions_T=torch.zeros(5, dtype=torch.int64, device=device),
+        slot_mapping_T=torch.full((5,), -1, device=device),
+        block_table_RP=paged.table_RP,
+        seq_lens_R=paged.seq_lens_R,
+        query_start_R1=torch.arange(6, **int32),
+        num_decodes=5,
+        max_seq_len=70,
+        max_query_len=1,
+        group_start_G1=torch.tensor([0, 3, 3], **int32),
+        group_len_G=torch.tensor([48, 16], **int32),
+        shared_len_B=torch.tensor([48, 48, 48, 0, 0], **int32),
+    )
+    q_THD = torch.randn(5, 6, 64).to(dtype).to(device)
+    out_THD = torch.full_like(q_THD, 7.0)
+    TritonBackend().decode(q_THD, paged.cache, spec, meta, out_THD)
+    for row, (k, v) in enumerate(zip(paged.keys[:4], paged.values, strict=False)):
+        want = reference(q_THD[row : row + 1].cpu().float(), k, v, spec.scale, window, spec.softcap)
+        torch.testing.assert_close(
+            out_THD[row : row + 1].cpu().float(), want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
+        )
+    assert not out_THD[4].any()
