@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from rayinfer.errors import RowError
 from rayinfer.sampling import SamplingParams
@@ -59,7 +58,6 @@ class Request:
     prompt_token_ids: list[int]
     params: SamplingParams
     prompt: str | None = None
-    group: Any = None  # rows with one group share a prefix (reserved for shared-prefix attention)
     seed: int = 0
     stop_token_ids: frozenset[int] = frozenset()
     max_total_tokens: int = 0  # prompt plus the most tokens that may be generated
@@ -73,8 +71,8 @@ class Request:
     num_pending: int = 0
     num_registered_blocks: int = 0  # leading blocks that the prefix cache knows
     prefix_id: int = 0  # the prefix cache's name for those blocks; 0 is the empty prefix
+    group: int = -1  # rows of one group share a prefix that attention reads once; -1: alone
     num_cached_tokens: int = -1  # prompt tokens found in the prefix cache when first admitted
-    num_preemptions: int = 0
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     error_type: str | None = None

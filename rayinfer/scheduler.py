@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from rayinfer import groups
 from rayinfer.kv_cache import BlockPool
 from rayinfer.request import Request
 
 PROMPT_LOGPROB_CHUNK = 512  # rows that ask for prompt log-probabilities need logits for every token of a chunk
+REGROUP_STEPS = 16  # new rows wait that many steps at most until they join a prefix group
 DEVICE_TOKEN = -1  # this step's input is the slot's last sampled token, which only the device knows
 
 
@@ -33,6 +35,9 @@ class StepPlan:
         new_rows: (slot, temperature, top_k, top_p, min_p, seed) of rows that got a slot.
         all_greedy: every sampling row has temperature 0.
         banned: int32 [*, 2], (position in `samples`, token) that may not be sampled.
+        shared_lens: int32 [num_decodes], tokens that a decode row shares with its prefix group; 0 for rows alone.
+        group_starts, group_lens: int32 [G + 1] and [G], the rows and shared tokens of each group as in `StepMeta`; all
+            groups are decode rows, and come first.
         num_logprobs: most top-n log-probabilities that a sampling row asks for; -1 when none asks at all.
         prompt_targets: int32 [M, 2], (token of the step, the token that follows it) whose log-probability is wanted.
         num_prompt_logprobs: top-n wanted for those; -1 when none.
@@ -48,9 +53,17 @@ class StepPlan:
     new_rows: list[tuple[int, float, int, float, float, int]]
     all_greedy: bool
     banned: np.ndarray
+    shared_lens: np.ndarray
+    group_starts: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int32))
+    group_lens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     num_logprobs: int = -1
     prompt_targets: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int32))
     num_prompt_logprobs: int = -1
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether more is done with the sampling rows' logits than to sample from them."""
+        return self.num_logprobs >= 0 or len(self.banned) > 0
 
 
 @dataclass(slots=True)
@@ -83,6 +96,8 @@ class Scheduler:
         # Once full, rows are let in again in groups: steps without prompt chunks are cheaper (one CUDA graph each).
         self._group = max(1, max_num_seqs // 16)
         self._full = False
+        self._group_lens: np.ndarray = np.zeros(0, np.int32)
+        self._num_ungrouped = self._steps_ungrouped = 0  # rows that came since prefix groups were found, and steps
 
     @property
     def has_work(self) -> bool:
@@ -118,6 +133,7 @@ class Scheduler:
             (decodes.append(request) if num_new == 1 else chunks.append((request, num_new)))
         if self.num_preemptions == num_preemptions:  # else a row just put back would take the blocks again
             self._admit(budget, decodes, chunks)
+        self._order_by_prefix(decodes)
         rows = decodes + [request for request, _ in chunks]
         if not rows:
             return None
@@ -154,14 +170,13 @@ class Scheduler:
         """Take the blocks of a row and queue it again; its KV is computed anew (or found in the prefix cache)."""
         self.running.remove(request)
         self._release(request)
-        request.num_preemptions += 1
         self.num_preemptions += 1
         self.waiting.appendleft(request)
 
     def _release(self, request: Request, forget: bool = False) -> None:
         self.pool.release(request, forget)
         self._free_slots.append(request.slot)
-        request.slot, request.num_scheduled = -1, 0
+        request.slot, request.num_scheduled, request.group = -1, 0, -1
 
     def _admit(self, budget: int, decodes: list[Request], chunks: list[tuple[Request, int]]) -> None:
         """Let waiting rows in while slots, blocks and budget last."""
@@ -194,6 +209,7 @@ class Scheduler:
             if request.num_cached_tokens < 0:
                 request.num_cached_tokens = num_known
             self.running.append(request)
+            self._num_ungrouped += 1
             grown = self._grow(request, num_new)
             assert grown
             budget -= num_new
@@ -205,6 +221,29 @@ class Scheduler:
         """Whether too little is free for a group of rows, while others still run."""
         few_slots = len(self._free_slots) < min(self._group, len(self.waiting))
         return bool(self.running) and (few_slots or self.pool.num_free < self.pool.num_blocks // 16)
+
+    def _order_by_prefix(self, decodes: list[Request]) -> None:
+        """Put decode rows that share a prefix side by side, groups first; find the groups anew if rows came."""
+        if not (self.pool.enable_prefix_caching and decodes):
+            return
+        self._steps_ungrouped += self._num_ungrouped > 0
+        if self._num_ungrouped * 8 > len(decodes) or self._steps_ungrouped > REGROUP_STEPS:
+            self._num_ungrouped = self._steps_ungrouped = 0
+            for request in self.running:
+                request.group = -1
+            self._group_lens = self._group_lens[:0]
+            if all(request.num_cached_tokens < groups.MIN_SHARED_TOKENS for request in decodes):
+                return
+            width = max(request.num_registered_blocks for request in decodes)
+            table = np.zeros((len(decodes), width), np.int32)
+            for row, request in zip(table, decodes, strict=True):
+                row[: request.num_registered_blocks] = request.blocks[: request.num_registered_blocks]
+            group_B, shared_G = groups.find_groups(table, self.pool.block_size)
+            self._group_lens = shared_G * self.pool.block_size
+            for request, group in zip(decodes, group_B.tolist(), strict=True):
+                request.group = group
+        if len(self._group_lens):
+            decodes.sort(key=lambda request: request.group if request.group >= 0 else groups.MAX_NUM_GROUPS)
 
     def _plan(self, rows: list[Request], num_new: list[int], num_decodes: int) -> StepPlan:
         """Write the step down as arrays and advance the rows' counts."""
@@ -239,6 +278,8 @@ class Scheduler:
             if params.logprobs is not None:
                 num_logprobs = max(num_logprobs, params.logprobs)
         as_int = np.int32
+        group_B = np.array([request.group for request in rows[:num_decodes]], as_int)
+        lens_G = self._group_lens if num_decodes and group_B[0] >= 0 else self._group_lens[:0]
         return StepPlan(
             slots=np.array([request.slot for request in rows], as_int),
             starts=np.array(starts, as_int),
@@ -253,6 +294,9 @@ class Scheduler:
             ],
             all_greedy=all_greedy,
             banned=np.array(banned, as_int).reshape(-1, 2),
+            shared_lens=np.append(self._group_lens, as_int(0))[group_B],
+            group_starts=np.searchsorted(group_B[group_B >= 0], np.arange(len(lens_G) + 1)).astype(as_int),
+            group_lens=lens_G,
             num_logprobs=num_logprobs,
             prompt_targets=np.array(targets, as_int).reshape(-1, 2),
             num_prompt_logprobs=num_prompt_logprobs,

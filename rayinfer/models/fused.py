@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from rayinfer.attention.base import StepOutputs
 from rayinfer.models.linear import Linear
 from rayinfer.models.paged import PagedLayer
 from rayinfer.ops import get_ops
@@ -61,7 +62,9 @@ class FusedAttention(nn.Module):
         self.q_norm = None if q_norm is None else Norm(q_norm, gemma)
         self.k_norm = None if q_norm is None else Norm(attention.k_norm, gemma)
 
-    def forward(self, x_TC: torch.Tensor, cos_MR: torch.Tensor, sin_MR: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x_TC: torch.Tensor, cos_MR: torch.Tensor, sin_MR: torch.Tensor, outputs: StepOutputs | None = None
+    ) -> torch.Tensor:
         paged, spec = self.paged, self.paged.spec
         norms: dict[str, Any] = {}
         if self.q_norm is not None and self.k_norm is not None:
@@ -80,7 +83,9 @@ class FusedAttention(nn.Module):
             head_dim=spec.head_dim,
             **norms,
         )
-        return self.out(paged.attend(q_THD).flatten(1))
+        if outputs is not None:
+            return self.out(paged.attend(q_THD[outputs.index_L], outputs.meta).flatten(1))
+        return self.out(paged.attend(q_THD, paged.meta).flatten(1))
 
 
 class FusedMLP(nn.Module):
@@ -114,11 +119,21 @@ class FusedLayer(nn.Module):
             self.pre_mlp = Norm(layer.post_attention_layernorm, gemma)
 
     def forward(
-        self, x_TC: torch.Tensor, residual_TC: torch.Tensor | None, cos_MR: torch.Tensor, sin_MR: torch.Tensor
+        self,
+        x_TC: torch.Tensor,
+        residual_TC: torch.Tensor | None,
+        cos_MR: torch.Tensor,
+        sin_MR: torch.Tensor,
+        outputs: StepOutputs | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take and return (what the last block gave, the stream it is still to be added to)."""
+        """Take and return (what the last block gave, the stream it is still to be added to).
+
+        With `outputs`, keys and values of all tokens are written, and the rest is done for the tokens it names alone.
+        """
         x_TC, residual_TC = self.pre_attention.add(x_TC, residual_TC)
-        x_TC = self.attention(x_TC, cos_MR, sin_MR)
+        x_TC = self.attention(x_TC, cos_MR, sin_MR, outputs)
+        if outputs is not None:
+            residual_TC = residual_TC[outputs.index_L]
         if self.post_attention is not None:
             x_TC = self.post_attention(x_TC)
         x_TC, residual_TC = self.pre_mlp.add(x_TC, residual_TC)
@@ -136,6 +151,7 @@ class FusedDecoder(nn.Module):
         self.embed_tokens = base.embed_tokens
         self.norm = Norm(base.norm, gemma)
         self.layers = nn.ModuleList()
+        self._paged: PagedLayer = base.layers[-1].self_attn.paged
         for i in range(len(base.layers)):
             self.layers.append(FusedLayer(base.layers[i], gemma, kind))
             base.layers[i] = nn.Identity()
@@ -151,11 +167,16 @@ class FusedDecoder(nn.Module):
     def forward(
         self, input_ids: torch.Tensor | None = None, inputs_embeds: torch.Tensor | None = None, **_: Any
     ) -> BaseModelOutputWithPast:
-        """Token ids [1, T] or embeddings [1, T, C] to hidden states [1, T, C]; positions come with the step."""
+        """Token ids [1, T] or embeddings [1, T, C] to hidden states [1, T, C]; positions come with the step.
+
+        With `StepMeta.outputs`, [1, L, C]: nothing reads what the last layer makes of the other tokens but their KV.
+        """
         x_TC = self.embed_tokens(input_ids[0]) if inputs_embeds is None else inputs_embeds[0]  # type: ignore[index]
         residual_TC = None
-        for layer, (cos_MR, sin_MR) in zip(self.layers, self._tables, strict=True):
+        *layers, last = zip(self.layers, self._tables, strict=True)
+        for layer, (cos_MR, sin_MR) in layers:
             x_TC, residual_TC = layer(x_TC, residual_TC, cos_MR, sin_MR)
+        x_TC, residual_TC = last[0](x_TC, residual_TC, *last[1], self._paged.meta.outputs)
         return BaseModelOutputWithPast(last_hidden_state=self.norm.add(x_TC, residual_TC)[0][None])
 
 

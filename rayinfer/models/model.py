@@ -74,9 +74,12 @@ class Model:
         Args:
             input_ids_T: int64 tokens of the step, padding included.
             meta: the step; its positions_T goes to the model.
-            logits_index_L: int64, tokens of the step whose logits are wanted; None: all.
+            logits_index_L: int64, tokens of the step whose logits are wanted; None: all. They are those of
+                `meta.outputs` where that is given.
         """
         self._state.meta = meta
+        if self.fused and meta.outputs is not None:
+            logits_index_L = None  # the last layer has left the others out
         kwargs: dict[str, Any] = {}
         if logits_index_L is not None and self._slices_logits:
             kwargs["logits_to_keep"] = logits_index_L

@@ -52,9 +52,9 @@ class PagedLayer:
     def cache(self) -> LayerCache:
         return self.state.caches[self.spec.layer]
 
-    def attend(self, q_THD: torch.Tensor) -> torch.Tensor:
+    def attend(self, q_THD: torch.Tensor, meta: StepMeta) -> torch.Tensor:
         """Attend to the cache, which holds this step's keys and values already. Returns [T, H, D], contiguous."""
-        state, meta = self.state, self.meta
+        state = self.state
         assert state.prefill is not None, "bind() comes first"
         assert state.decode is not None, "bind() comes first"
         out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
@@ -69,7 +69,7 @@ class PagedLayer:
         assert self.state.prefill is not None, "bind() comes first"
         q_THD, k_TKD, v_TKD = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
         self.state.prefill.write(k_TKD, v_TKD, self.cache, self.meta)
-        return self.attend(q_THD)[None]
+        return self.attend(q_THD, self.meta)[None]
 
 
 class _Recorder:

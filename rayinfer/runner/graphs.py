@@ -1,79 +1,138 @@
-"""CUDA graphs of whole decode steps, captured when a batch size is first met.
+"""CUDA graphs of whole decode steps, from block table to sampled token, captured when a batch size is first met.
 
-A graph is fixed in shape only: it reads the rows' slots and lengths from a static buffer and everything else from the
-runner's persistent state, so one graph serves every mix of lengths. Batches are padded to the next captured size.
+A graph is fixed in shape only: it reads the rows' slots, lengths and prefix groups from a static buffer and everything
+else from the runner's persistent state, so one graph serves every mix of rows. Batches are padded to the next size.
 """
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
+from rayinfer.groups import MAX_NUM_GROUPS
 from rayinfer.scheduler import StepPlan
 
 if TYPE_CHECKING:
     from rayinfer.runner.runner import Runner
 
 
+class _Kind(NamedTuple):
+    """What a step's graph ends with (a greedy token, a drawn one, or the logits), and whether it has prefix groups."""
+
+    end: str
+    groups: bool
+
+
 @dataclass(slots=True)
 class _Captured:
     graph: torch.cuda.CUDAGraph
-    packed: torch.Tensor  # int32 [3, B]: slots, starts, token ids
-    logits_BV: torch.Tensor
+    packed: torch.Tensor  # int32: slots, starts, token ids, shared lengths of B rows; group starts and lengths
+    out: torch.Tensor  # token ids [B], or logits [B, V]
 
 
 class DecodeGraphs:
-    """Lazily captured graphs by padded batch size; all share one memory pool and one stream."""
+    """Graphs by padded batch size and kind; all share one memory pool and one stream."""
 
     def __init__(self, runner: Runner, max_num_seqs: int):
         self._runner = runner
         sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 512, 32), *range(512, max_num_seqs, 64)]
         self._sizes = sorted({min(size, max_num_seqs) for size in sizes} | {max_num_seqs})
-        self._captured: dict[int, _Captured] = {}
+        self._captured: dict[tuple[int, _Kind], _Captured] = {}
+        self._warm: set[_Kind] = set()
         # Constants that every graph reads, so they live as long as the graphs.
-        constants: dict[str, Any] = {"dtype": torch.int32, "device": runner.device}
-        self._count = torch.arange(max_num_seqs + 1, **constants)
-        self._ones = torch.ones(max_num_seqs, **constants)
+        self._count = torch.arange(max_num_seqs + 1, dtype=torch.int32, device=runner.device)
+        self._ones = torch.ones(max_num_seqs, dtype=torch.int32, device=runner.device)
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()
+        self._capture_s = self._idle_s = 0.0  # how long a capture takes, and the host waited for the last mixed step
 
-    def run(self, plan: StepPlan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Replay the step; returns logits [R, V], slots int64 [R] and sampling positions int64 [R]."""
+    def run(self, plan: StepPlan) -> torch.Tensor:
+        """Replay the step; returns token ids [R], or logits [R, V] if `plan.needs_logits`."""
         num_rows = len(plan.slots)
-        size = self._sizes[bisect_left(self._sizes, num_rows)]
-        entry = self._captured.get(size)
-        if entry is None:
-            entry = self._captured[size] = self._capture(size)
-        host = np.empty((3, size), np.int32)
-        host[:, num_rows:] = [[0], [-1], [0]]
-        host[:, :num_rows] = plan.slots, plan.starts, plan.token_ids
+        size, kind = self._sizes[bisect_left(self._sizes, num_rows)], _kind(plan)
+        entry = self._captured.get((size, kind)) or self._capture(size, kind)
+        host = np.zeros(entry.packed.shape, np.int32)
+        rows = host[: 4 * size].reshape(4, size)
+        rows[:, num_rows:] = [[self._runner.padding_slot], [-1], [0], [0]]
+        rows[:3, :num_rows] = plan.slots, plan.starts, plan.token_ids
+        if kind.groups:
+            rows[3, :num_rows] = plan.shared_lens
+            host[4 * size :] = np.concatenate(self._runner.padded_groups(plan))
         entry.packed.copy_(torch.from_numpy(host).pin_memory(), non_blocking=True)
         entry.graph.replay()
-        slots, starts = entry.packed[0, :num_rows].long(), entry.packed[1, :num_rows].long()
-        return entry.logits_BV[:num_rows], slots, starts + 1
+        return entry.out[:num_rows]
 
-    def _capture(self, size: int) -> _Captured:
+    def while_busy(self, plan: StepPlan) -> Callable[[torch.cuda.Event], None]:
+        """How to wait for this step, one with prompt chunks: by capturing graphs that its rows will need as they end.
+
+        The host does so only where the last such step left it idle for longer than a capture takes.
+        """
+
+        def wait(event: torch.cuda.Event) -> None:
+            begin = time.perf_counter()
+            while self._idle_s > 1.5 * self._capture_s and not event.query() and self._capture_ahead(plan):
+                pass
+            event.synchronize()
+            self._idle_s = time.perf_counter() - begin
+
+        return wait
+
+    def _capture_ahead(self, plan: StepPlan) -> bool:
+        """Capture the largest graph that is missing for the rows of this step; returns whether there was one."""
+        kind = _kind(plan)
+        for size in reversed(self._sizes[: bisect_left(self._sizes, len(plan.slots)) + 1]):
+            if (size, kind) not in self._captured:
+                self._capture(size, kind)
+                return True
+        return False
+
+    def _capture(self, size: int, kind: _Kind) -> _Captured:
         from rayinfer.runner.runner import Inputs
 
-        runner, device = self._runner, self._runner.device
-        packed = torch.zeros(3, size, dtype=torch.int32, device=device)
-        packed[1] = -1  # padding rows only: the warm-up writes no KV
-        count, ones = self._count, self._ones[:size]
+        begin = time.perf_counter()
+        runner = self._runner
+        num_groups = MAX_NUM_GROUPS if kind.groups else 0
+        packed = torch.zeros(4 * size + 2 * num_groups + kind.groups, dtype=torch.int32, device=runner.device)
+        slots, starts, ids, shared = packed[: 4 * size].view(4, size)
+        slots.fill_(runner.padding_slot)
+        starts.fill_(-1)  # padding rows only: a warm-up writes no KV
+        starts_G1, lens_G = packed[4 * size :].tensor_split([num_groups + kind.groups])
 
         def step() -> torch.Tensor:
-            inputs = Inputs(packed[0], packed[1], ones, count[: size + 1], packed[2], count[:size])
-            ids, meta = runner.prepare(inputs, num_decodes=size, max_seq_len=runner.max_model_len, max_query_len=1)
-            return runner.model.forward(ids, meta, None)
+            inputs = Inputs(slots, starts, self._ones[:size], self._count[: size + 1], ids, self._count[:size])
+            ids_T, meta = runner.prepare(inputs, num_decodes=size, max_seq_len=runner.max_model_len, max_query_len=1)
+            if kind.groups:
+                meta.group_start_G1, meta.group_len_G, meta.shared_len_B = starts_G1, lens_G, shared
+            logits_BV = runner.model.forward(ids_T, meta, None)
+            if kind.end == "logits":
+                return logits_BV
+            return runner.sample(logits_BV, slots.long(), meta.seq_lens_R.long(), kind.end == "greedy")
 
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            step()  # compile kernels and fill cuBLAS' workspaces outside of the capture
-        torch.cuda.current_stream().wait_stream(stream)
+        self._stream.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
-            logits_BV = step()
-        return _Captured(graph, packed, logits_BV)
+        with torch.cuda.stream(self._stream):
+            if kind not in self._warm:  # compile kernels and fill cuBLAS' workspaces outside of the capture
+                step()
+                self._warm.add(kind)
+                torch.cuda.current_stream().synchronize()
+            # Not torch.cuda.graph(): it waits for the device, collects garbage and empties the allocator's cache.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                out = step()
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        self._capture_s = time.perf_counter() - begin
+        entry = self._captured[size, kind] = _Captured(graph, packed, out)
+        return entry
+
+
+def _kind(plan: StepPlan) -> _Kind:
+    end = "logits" if plan.needs_logits else "greedy" if plan.all_greedy else "sample"
+    return _Kind(end, len(plan.group_lens) > 0)

@@ -6,13 +6,15 @@ parameters. A plan brings only what changed, in one packed copy, and the inputs 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from rayinfer.attention import AttentionBackend, StepMeta
+from rayinfer.attention import AttentionBackend, StepMeta, StepOutputs
+from rayinfer.groups import MAX_NUM_GROUPS
 from rayinfer.models.model import Model
 from rayinfer.runner.graphs import DecodeGraphs
 from rayinfer.sampler import get_sampler, logprobs
@@ -49,10 +51,15 @@ class Inputs:
 
 
 class StepHandle:
-    """A launched step. `read` waits for the device and gives the result."""
+    """A launched step. `read` waits for the device and gives the result.
 
-    def __init__(self, tensors: list[torch.Tensor | None]):
+    Args:
+        wait: how to wait for the step's event; default: blocking.
+    """
+
+    def __init__(self, tensors: list[torch.Tensor | None], wait: Callable[[torch.cuda.Event], None] | None = None):
         self._event: torch.cuda.Event | None = None
+        self._wait = wait or torch.cuda.Event.synchronize
         self._tensors = [None if t is None else t.to("cpu", non_blocking=True) for t in tensors]
         if any(t is not None and t.is_cuda for t in tensors):
             self._event = torch.cuda.Event()
@@ -60,7 +67,7 @@ class StepHandle:
 
     def read(self) -> StepResult:
         if self._event is not None:
-            self._event.synchronize()
+            self._wait(self._event)
         token_ids, *tops = [None if t is None else t.numpy() for t in self._tensors]
         assert token_ids is not None
         pairs = zip(tops[::2], tops[1::2], strict=True)
@@ -90,13 +97,14 @@ class Runner:
         self.model, self.prefill, self.decode = model, prefill, decode
         self.device, self.block_size, self.max_model_len = model.device, block_size, max_model_len
         self.sampler = get_sampler(self.device)
+        self.padding_slot = max_num_seqs  # what padding rows read and write
         # A CPU computes a step while it is launched, so there is nothing to gain from running ahead of the reading.
         self.run_ahead = 1 if self.device.type == "cuda" else 0
         width = -(-max_model_len // block_size)
-        self.block_table_SP = torch.zeros(max_num_seqs, width, dtype=torch.int32, device=self.device)
-        self.last_token_S = torch.zeros(max_num_seqs, dtype=torch.int64, device=self.device)
-        self.params_S4 = torch.zeros(max_num_seqs, 4, dtype=torch.float32, device=self.device)
-        self.seed_S = torch.zeros(max_num_seqs, dtype=torch.int64, device=self.device)
+        self.block_table_SP = torch.zeros(max_num_seqs + 1, width, dtype=torch.int32, device=self.device)
+        self.last_token_S = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=self.device)
+        self.params_S4 = torch.zeros(max_num_seqs + 1, 4, dtype=torch.float32, device=self.device)
+        self.seed_S = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=self.device)
         self.graphs = DecodeGraphs(self, max_num_seqs) if use_graphs and self.device.type == "cuda" else None
 
     def allocate(self, num_blocks: int) -> None:
@@ -115,33 +123,60 @@ class Runner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> StepHandle:
         """Start a step; on a GPU this returns before the step is done."""
-        num_rows, num_samples = len(plan.slots), len(plan.samples)
+        num_rows, num_targets = len(plan.slots), len(plan.prompt_targets)
+        self._admit(plan)
+        decode_only = plan.num_decodes == num_rows == len(plan.samples) and not num_targets
+        if self.graphs is not None and decode_only:
+            out = self.graphs.run(plan)
+            if not plan.needs_logits:
+                return StepHandle([out, None, None, None, None])
+            slots, starts = self._send(plan.slots, plan.starts)
+            return self._finish(plan, out, slots.long(), starts.long() + 1)
         query_start = np.zeros(num_rows + 1, np.int32)
         np.cumsum(plan.num_new, out=query_start[1:])
-        num_targets = len(plan.prompt_targets)
-        new_blocks, samples, banned, targets = self._send(
-            plan.new_blocks.T, plan.samples, plan.banned.T, plan.prompt_targets.T
+        row = np.repeat(np.arange(num_rows, dtype=np.int32), plan.num_new)
+        arrays = plan.slots, plan.starts, plan.num_new, query_start, plan.token_ids, row
+        *views, samples, targets, shared, starts, lens = self._send(
+            *arrays, plan.samples, plan.prompt_targets.T, plan.shared_lens, *self.padded_groups(plan)
         )
-        self._admit(plan, new_blocks)
-        pure_decode = plan.num_decodes == num_rows == num_samples and not num_targets
-        if self.graphs is not None and pure_decode:
-            logits_LV, slots_L, position_L = self.graphs.run(plan)
-        else:
-            row = np.repeat(np.arange(num_rows, dtype=np.int32), plan.num_new)
-            inputs = Inputs(*self._send(plan.slots, plan.starts, plan.num_new, query_start, plan.token_ids, row))
-            seq_lens = plan.starts + plan.num_new
-            chunks = plan.num_new[plan.num_decodes :]
-            ids_T, meta = self.prepare(
-                inputs,
-                num_decodes=plan.num_decodes,
-                max_seq_len=int(seq_lens.max()),
-                max_query_len=int(chunks.max(initial=1)),
-            )
-            index_L = torch.cat([inputs.query_start_R1[1:].long()[samples.long()] - 1, targets[0].long()])
-            logits_LV = self.model.forward(ids_T, meta, index_L)
-            slots_L = inputs.slots_R.long()[samples.long()]
-            position_L = meta.seq_lens_R.long()[samples.long()]
-        return self._finish(plan, logits_LV, slots_L, position_L, banned, targets)
+        inputs, samples_L = Inputs(*views), samples.long()
+        seq_lens = plan.starts + plan.num_new
+        max_seq_len = int(seq_lens.max())
+        ids_T, meta = self.prepare(
+            inputs,
+            num_decodes=plan.num_decodes,
+            max_seq_len=max_seq_len,
+            max_query_len=int(plan.num_new[plan.num_decodes :].max(initial=1)),
+        )
+        if len(plan.group_lens):
+            meta.group_start_G1, meta.group_len_G, meta.shared_len_B = starts, lens, shared
+        index_L = inputs.query_start_R1[1:].long()[samples_L] - 1
+        if not num_targets:
+            meta.outputs = StepOutputs(index_L, self._as_decodes(meta, samples_L, index_L))
+        logits_MV = self.model.forward(ids_T, meta, torch.cat([index_L, targets[0].long()]))
+        wait = self.graphs.while_busy(plan) if self.graphs is not None else None
+        slots_L, position_L = inputs.slots_R[samples_L].long(), meta.seq_lens_R[samples_L].long()
+        return self._finish(plan, logits_MV, slots_L, position_L, wait)
+
+    def _as_decodes(self, meta: StepMeta, rows_L: torch.Tensor, index_L: torch.Tensor) -> StepMeta:
+        """The same rows and lengths, as one query token each."""
+        return StepMeta(
+            positions_T=meta.positions_T[index_L],
+            slot_mapping_T=meta.slot_mapping_T[index_L],
+            block_table_RP=meta.block_table_RP[rows_L],
+            seq_lens_R=meta.seq_lens_R[rows_L],
+            query_start_R1=torch.arange(len(rows_L) + 1, dtype=torch.int32, device=self.device),
+            num_decodes=len(rows_L),
+            max_seq_len=meta.max_seq_len,
+            max_query_len=1,
+        )
+
+    def padded_groups(self, plan: StepPlan) -> tuple[np.ndarray, np.ndarray]:
+        """Group starts [G + 1] and lengths [G] of a fixed size: empty groups fill it up."""
+        if not len(plan.group_lens):
+            return np.zeros(0, np.int32), np.zeros(0, np.int32)
+        missing = MAX_NUM_GROUPS - len(plan.group_lens)
+        return np.pad(plan.group_starts, (0, missing), mode="edge"), np.pad(plan.group_lens, (0, missing))
 
     def prepare(
         self, inputs: Inputs, *, num_decodes: int, max_seq_len: int, max_query_len: int
@@ -175,10 +210,10 @@ class Runner:
         views = packed.split([a.size for a in arrays])
         return [view.view(a.shape) for view, a in zip(views, arrays, strict=True)]
 
-    def _admit(self, plan: StepPlan, new_blocks_3U: torch.Tensor) -> None:
+    def _admit(self, plan: StepPlan) -> None:
         """Write new block-table entries and the sampling parameters of rows that got a slot."""
-        if new_blocks_3U.numel():
-            slot, index, block = new_blocks_3U
+        if len(plan.new_blocks):
+            slot, index, block = self._send(*plan.new_blocks.T)
             self.block_table_SP[slot.long(), index.long()] = block
         if plan.new_rows:
             slots, *params, seeds = zip(*plan.new_rows, strict=True)
@@ -188,32 +223,38 @@ class Runner:
             self.params_S4[at] = values.T
             self.seed_S[at] = torch.tensor(seeds, dtype=torch.int64, **pin).to(self.device, non_blocking=True)
 
+    def sample(
+        self, logits_LV: torch.Tensor, slots_L: torch.Tensor, position_L: torch.Tensor, greedy: bool
+    ) -> torch.Tensor:
+        """Token ids int32 [L] by the slots' parameters, which become the slots' next inputs."""
+        if greedy:
+            token_L = self.sampler.greedy(logits_LV)
+        else:
+            temperature, top_k, top_p, min_p = self.params_S4[slots_L].T
+            seed = self.seed_S[slots_L]
+            token_L = self.sampler.sample(logits_LV, temperature, top_k.int(), top_p, min_p, seed, position_L)
+        self.last_token_S[slots_L] = token_L.long().clamp_(min=0)  # a NaN row's -1 must not index the embedding
+        return token_L
+
     def _finish(
         self,
         plan: StepPlan,
         logits_MV: torch.Tensor,
         slots_L: torch.Tensor,
         position_L: torch.Tensor,
-        banned_2B: torch.Tensor,
-        targets_2M: torch.Tensor,
+        wait: Callable[[torch.cuda.Event], None] | None = None,
     ) -> StepHandle:
         """Sample from the first L rows of the logits; the rest are for prompt log-probabilities."""
         num_samples = len(plan.samples)
         logits_LV = raw_LV = logits_MV[:num_samples]
+        banned_2B, targets_2M = self._send(plan.banned.T, plan.prompt_targets.T)
         if banned_2B.numel():
             logits_LV = raw_LV.clone() if plan.num_logprobs >= 0 else raw_LV
             logits_LV[banned_2B[0].long(), banned_2B[1].long()] = float("-inf")
-        if plan.all_greedy:
-            token_L = self.sampler.greedy(logits_LV)
-        else:
-            temperature, top_k, top_p, min_p = self.params_S4[slots_L].T
-            seed = self.seed_S[slots_L]
-            token_L = self.sampler.sample(logits_LV, temperature, top_k.int(), top_p, min_p, seed, position_L)
-        usable_L = token_L.long().clamp_(min=0)  # a NaN row's -1 must not index the embedding
-        self.last_token_S[slots_L] = usable_L
+        token_L = self.sample(logits_LV, slots_L, position_L, plan.all_greedy)
         tops: list[torch.Tensor | None] = [None] * 4
         if plan.num_logprobs >= 0:
-            tops[:2] = logprobs(raw_LV, usable_L, plan.num_logprobs)
+            tops[:2] = logprobs(raw_LV, token_L.long().clamp_(min=0), plan.num_logprobs)
         if plan.num_prompt_logprobs >= 0:
             tops[2:] = logprobs(logits_MV[num_samples:], targets_2M[1].long(), plan.num_prompt_logprobs)
-        return StepHandle([token_L, *tops])
+        return StepHandle([token_L, *tops], wait)

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from rayinfer import groups
 from rayinfer.config import EngineConfig
 from rayinfer.engine import Engine
 from rayinfer.inputs import EncodedRow
@@ -103,8 +104,25 @@ class Device:
             plan.samples,
             plan.new_blocks,
             plan.banned,
+            plan.shared_lens,
+            plan.group_starts,
+            plan.group_lens,
         ):
             assert array.dtype == np.int32
+        self._check_groups(plan)
+
+    def _check_groups(self, plan: StepPlan) -> None:
+        """Rows of a group must have the blocks in common that it is said to share, and more tokens than those."""
+        shared = [0] * plan.num_decodes
+        for start, stop, length in zip(plan.group_starts[:-1], plan.group_starts[1:], plan.group_lens, strict=True):
+            assert length % self.block_size == 0
+            shared[start:stop] = [length] * (stop - start)
+            new = {(slot, index): block for slot, index, block in plan.new_blocks.tolist()}
+            for index in range(length // self.block_size):
+                cells = [(int(slot), index) for slot in plan.slots[start:stop]]
+                assert len({new.get(cell, self.table.get(cell)) for cell in cells}) <= 1
+        assert plan.shared_lens.tolist() == shared
+        assert all(plan.starts[: plan.num_decodes] >= plan.shared_lens)
 
     def _write(self, plan: StepPlan) -> tuple[list[tuple[int, ...]], list[int]]:
         """Store the step's cells, then read each row's back; returns the rows' prefixes and the tokens' positions."""
@@ -169,6 +187,14 @@ def rows(draw) -> EncodedRow:
         prompt_logprobs=draw(st.sampled_from([None, None, None, 0])),
     )
     return EncodedRow(prompt, params)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _groups_of_any_size():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(groups, "MIN_SHARED_TOKENS", 1)
+        patch.setattr(groups, "MIN_SAVING", 0.0)
+        yield
 
 
 @pytest.fixture(scope="module")

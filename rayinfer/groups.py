@@ -1,0 +1,54 @@
+"""Which running rows share a prefix that is worth reading once for all of them.
+
+Rows share a prefix if their block tables begin with the same blocks: the prefix cache has seen to that. Rows may share
+prefixes of several depths (a system prompt, then a document); one depth is taken for all, where the most is saved.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+MAX_NUM_GROUPS = 128
+MIN_SHARED_TOKENS = 128
+MIN_SAVING = 0.1  # of the tokens that would be read; below it, the second pass costs more than it saves
+_MOST_DEPTHS = 16
+
+
+def find_groups(table_RP: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Group rows by the blocks their tables begin with.
+
+    Args:
+        table_RP: int32, blocks of each row that may be shared, then zeros.
+
+    Returns:
+        int32 [R], the group of each row, -1 for rows alone; int32 [G], blocks that each group's rows share. G is at
+        most MAX_NUM_GROUPS, and 0 if grouping is not worth while.
+    """
+    num_rows, alone = len(table_RP), np.full(len(table_RP), -1, np.int32)
+    none = alone, np.zeros(0, np.int32)
+    num_blocks_R = (table_RP != 0).sum(1)
+    most = int(num_blocks_R.max(initial=0))
+    if num_rows < 2 or most * block_size < MIN_SHARED_TOKENS:
+        return none
+    table_RP = np.ascontiguousarray(table_RP[:, :most])
+    order_R = np.argsort(table_RP.view(np.dtype((np.void, 4 * most))).ravel())
+    sorted_RP, num_R = table_RP[order_R], num_blocks_R[order_R]
+    differ = sorted_RP[1:] != sorted_RP[:-1]
+    common = np.where(differ.any(1), differ.argmax(1), most)  # with the row before
+    common = np.minimum(common, np.minimum(num_R[1:], num_R[:-1]))
+    depths, counts = np.unique(common[common * block_size >= MIN_SHARED_TOKENS], return_counts=True)
+    best: tuple[int, list[tuple[int, int, int]]] = (0, [])
+    for depth in depths[np.argsort(-counts * depths)][:_MOST_DEPTHS]:
+        joined = np.concatenate([[False], common >= depth, [False]])
+        starts = np.flatnonzero(~joined[:-1] & joined[1:])
+        stops = np.flatnonzero(joined[:-1] & ~joined[1:]) + 1
+        groups = [(int(a), int(b), int(common[a : b - 1].min())) for a, b in zip(starts, stops, strict=True)]
+        groups = sorted(groups, key=lambda g: (g[0] - g[1] + 1) * g[2])[:MAX_NUM_GROUPS]
+        best = max(best, (sum((b - a - 1) * shared for a, b, shared in groups), groups), key=lambda found: found[0])
+    saved, groups = best
+    if saved < MIN_SAVING * num_blocks_R.sum():
+        return none
+    group_R = alone
+    for number, (start, stop, _) in enumerate(groups):
+        group_R[order_R[start:stop]] = number
+    return group_R, np.array([shared for *_, shared in groups], np.int32)
