@@ -1,10 +1,10 @@
 """Check every kernel against plain torch in float32 on this GPU, then time it against what the hardware allows.
 
-    python benchmarks/kernels.py [--out PATH] [--only TEXT] [--dry]
+    python benchmarks/kernels.py [--out PATH] [--only TEXT] [--dry] [--tune]
 
 The floor of a case is the larger of bytes / measured bandwidth and FLOPs / measured GEMM rate, both measured first.
 Times are medians; the L2 cache is flushed before each run. `--dry` takes tiny shapes and no times: a test of this
-script.
+script. `--tune` times the shared-prefix kernel in many launch shapes instead.
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import triton
 from torch.nn import functional as F
 
+from rayinfer.kernels import shared_prefix as prefix_module
 from rayinfer.kernels.act_mul import act_mul
 from rayinfer.kernels.paged_decode import paged_decode
 from rayinfer.kernels.paged_prefill import paged_prefill
 from rayinfer.kernels.rms_norm import add_rms_norm
 from rayinfer.kernels.rope_kv import qk_norm_rope_write
 from rayinfer.kernels.sampling import greedy, sample
+from rayinfer.kernels.shared_prefix import shared_prefix
 from rayinfer.sampler import reference as torch_sampler
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -126,6 +128,61 @@ def _decode_cases(dry: bool) -> Iterator[Case]:
         yield Case(
             f"decode {model} B{rows}{mix}", run, check, tokens * kv_heads * dim * 2 * SIZE, tokens * heads * dim * 4
         )
+
+
+# Of the shared-prefix kernel: pairs of a tile, tokens of a KV tile, warps, stages, programs a multiprocessor.
+LAUNCH_SHAPES = [(64, 64, 4, 2, 2), (64, 64, 4, 3, 2), (64, 64, 4, 2, 4), (64, 32, 4, 3, 3), (64, 32, 4, 4, 2)]
+LAUNCH_SHAPES += [(128, 64, 8, 2, 1), (128, 64, 8, 3, 1), (128, 64, 8, 2, 2), (128, 32, 8, 3, 1), (128, 128, 8, 2, 1)]
+
+
+def _prefix_cases(dry: bool) -> Iterator[Case]:
+    """Groups of rows with a prefix: the prefix alone, all of it, and the same rows without groups (and their floor)."""
+    heads, kv_heads, dim, scale = 32, 8, 128, 128**-0.5
+    for num_groups, size, shared in ((1, 1000, 1536), (64, 16, 1536), (1, 64, 8192)):
+        name, int32 = f"8B {num_groups}x{size}+{shared}", dict(dtype=torch.int32, device=DEVICE)
+        num_groups, size, shared = (min(num_groups, 2), 3, 48) if dry else (num_groups, size, shared)
+        rows = num_groups * size
+        lengths = (
+            shared + torch.randint(1, 40, (rows,)) if dry else shared + torch.randint(128, 192, (rows,))
+        ).tolist()
+        k, v, table, lens = _paged(lengths, kv_heads, dim)
+        first = torch.arange(rows, device=DEVICE) // size * size
+        table[:, : shared // 16] = table[first, : shared // 16]
+        starts = torch.arange(num_groups + 1, **int32) * size
+        shared_lens = torch.full((rows,), shared, **int32)
+        q = torch.randn(rows, heads, dim, dtype=DTYPE, device=DEVICE)
+
+        def prefix(inputs=(q, k, v, table), starts=starts, shared_lens=shared_lens):
+            return shared_prefix(*inputs, starts, shared_lens[: len(starts) - 1], scale=scale)
+
+        def run(inputs=(q, k, v, table), lens=lens, shared_lens=shared_lens, prefix=prefix):
+            return paged_decode(*inputs, lens, scale=scale, shared_len_B=shared_lens, prefix=prefix())
+
+        def without(inputs=(q, k, v, table), lens=lens):
+            return paged_decode(*inputs, lens, scale=scale)
+
+        def check(run, q=q, k=k, v=v, table=table, lengths=lengths):
+            out, rows = run(), range(0, len(lengths), max(1, len(lengths) // 8))
+            want = [_attention(q[r : r + 1], k, v, table[r, : -(-lengths[r] // 16)], lengths[r], scale) for r in rows]
+            return max(_error(out[r : r + 1], w) for r, w in zip(rows, want, strict=True))
+
+        in_out, token = 2 * rows * heads * dim * SIZE, kv_heads * dim * 2 * SIZE
+        num_bytes, flops = num_groups * shared * token, rows * shared * heads * dim * 4
+        parts = num_bytes + in_out // 2 + rows * heads * dim * 4, flops
+        num_bytes += (sum(lengths) - rows * shared) * token + in_out
+        flops = sum(lengths) * heads * dim * 4
+        yield Case(f"prefix alone {name}", prefix, lambda run=run, check=check: check(run), *parts)
+        yield Case(f"prefix {name}", run, lambda run=run, check=check: check(run), num_bytes, flops)
+        yield Case(f"no groups {name}", without, lambda run=without, check=check: check(run), num_bytes, flops)
+
+
+def _tune(dry: bool) -> None:
+    for case in _prefix_cases(dry):
+        if "alone" in case.name:
+            for shape in LAUNCH_SHAPES:
+                prefix_module._launch_shape = lambda *_, shape=shape: shape
+                error, seconds = case.check(), 0.0 if dry else _seconds(case.run)
+                print(f"{case.name:32}{shape!s:24}{error:7.2f}{seconds * 1e6:10.1f} us", flush=True)
 
 
 def _prefill_cases(dry: bool) -> Iterator[Case]:
@@ -266,15 +323,19 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="write the records there, as JSON")
     parser.add_argument("--only", default="", help="only cases whose name contains this")
     parser.add_argument("--dry", action="store_true", help="tiny shapes, no times")
+    parser.add_argument("--tune", action="store_true", help="only the shared-prefix kernel, in many launch shapes")
     args = parser.parse_args()
     if not args.dry and DEVICE.type != "cuda":
         parser.error("times need a CUDA GPU; --dry runs without one")
     torch.manual_seed(time.time_ns() % 2**31)
     started = time.perf_counter()
+    if args.tune:
+        _tune(args.dry)
+        return 0
     bandwidth, rate = (1.0, 1.0) if args.dry else _ceilings()
     records, failed = [], False
     print(f"{'case':32}{'error':>7}{'us':>10}{'floor us':>10}{'of floor':>9}{'GB/s':>8}{'TFLOP/s':>9}")
-    for cases in (_decode_cases, _prefill_cases, _small_cases, _sampling_cases):
+    for cases in (_decode_cases, _prefix_cases, _prefill_cases, _small_cases, _sampling_cases):
         for case in cases(args.dry):
             if args.only not in case.name:
                 continue

@@ -74,10 +74,7 @@ def _decode_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Tiles are numbered over (row, KV head, tile of the row); program i takes numbers [i * share, (i + 1) * share).
-
-    With `shared_len_ptr` a row is what follows its shared prefix: only windows need positions, and there are none then.
-    """
+    """Tiles are numbered over (row, KV head, tile of the row); program i takes numbers [i * share, (i + 1) * share)."""
     pid = tl.program_id(0)
     if SPLIT:
         row_B = tl.arange(0, BLOCK_B)
@@ -107,6 +104,7 @@ def _decode_kernel(
         seq_len = tl.load(seq_lens_ptr + row)
         first_block = 0
         if shared_len_ptr is not None:
+            # What follows the prefix is a row of its own: only windows look at positions, and there are none.
             shared_len = tl.load(shared_len_ptr + row)
             seq_len -= shared_len
             first_block = shared_len // PAGE
@@ -118,23 +116,12 @@ def _decode_kernel(
         low = _first_tile(seq_len, WINDOW, BLOCK_N)
 
         q_MD = q_ptr + row.to(tl.int64) * q_strides[0] + (kv_head * GROUP + m_M)[:, None] * q_strides[1] + d_D[None, :]
-        acc_MD = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        max_M = tl.full([BLOCK_M], FLOOR, tl.float32)
-        sum_M = tl.zeros([BLOCK_M], tl.float32)
-        if shared_len_ptr is not None:
-            # The prefix's result is the state that its row goes on from.
-            known_M = (m_M < GROUP) & (begin == 0) & (shared_len > 0)
-            known_MD = known_M[:, None] & (d_D < HEAD_DIM)[None, :]
-            pair_M = (kv_head.to(tl.int64) * num_rows + row) * GROUP + m_M
-            acc_MD = tl.load(prefix_ptr + pair_M[:, None] * HEAD_DIM + d_D[None, :], mask=known_MD, other=0.0)
-            max_M = tl.load(prefix_lse_ptr + pair_M, mask=known_M, other=FLOOR)
-            sum_M = known_M.to(tl.float32)
         acc_MD, max_M, sum_M = attend_tiles(
             tl.load(q_MD, mask=mask_MD, other=0.0),
             tl.full([BLOCK_M], 0, tl.int32) + (seq_len - 1),
-            acc_MD,
-            max_M,
-            sum_M,
+            tl.zeros([BLOCK_M, BLOCK_D], tl.float32),
+            tl.full([BLOCK_M], FLOOR, tl.float32),
+            tl.zeros([BLOCK_M], tl.float32),
             k_ptr + kv_head.to(tl.int64) * k_strides[2],
             v_ptr + kv_head.to(tl.int64) * v_strides[2],
             table_ptr + row.to(tl.int64) * table_stride + first_block,
@@ -152,6 +139,19 @@ def _decode_kernel(
             True,
             BLOCK_N,
         )
+        if shared_len_ptr is not None:
+            # The prefix joins last, when the tiles' registers are free, in the program that began the item.
+            known_M = (m_M < GROUP) & (begin == 0) & (shared_len > 0)
+            pair = (kv_head.to(tl.int64) * num_rows + row) * GROUP
+            prefix_MD = prefix_ptr + pair * HEAD_DIM + (m_M[:, None] * HEAD_DIM + d_D[None, :])
+            prefix_MD = tl.load(prefix_MD, mask=known_M[:, None] & mask_MD, other=0.0)
+            lse_M = tl.load(prefix_lse_ptr + pair + m_M, mask=known_M, other=float("-inf"))
+            new_max_M = tl.maximum(max_M, lse_M)
+            decay_M = tl.exp2(max_M - new_max_M)
+            weight_M = tl.exp2(lse_M - new_max_M)
+            acc_MD = acc_MD * decay_M[:, None] + prefix_MD * weight_M[:, None]
+            sum_M = sum_M * decay_M + weight_M
+            max_M = new_max_M
         acc_MD = acc_MD / tl.where(sum_M == 0, 1.0, sum_M)[:, None]
         if (begin == 0) & (end == tiles):
             out_MD = out_ptr + row.to(tl.int64) * out_strides[0] + d_D[None, :]
@@ -251,6 +251,6 @@ def paged_decode(
         **shape, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     if split:
-        strides = out_BHD.stride()[:2]
-        merge_kernel[(num_programs, group)](part, lse, task, out_BHD, None, strides, **shape, BLOCK_P=16, num_warps=2)
+        outputs = (out_BHD, None, out_BHD.stride()[:2])
+        merge_kernel[(num_programs, group)](part, lse, task, *outputs, **shape, BLOCK_P=16, num_warps=2)
     return out_BHD

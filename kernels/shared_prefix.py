@@ -81,12 +81,11 @@ def _prefix_kernel(
         length = tl.load(group_len_ptr + group)
         tiles = tl.cdiv(length, BLOCK_N)
         item = (at - group_at) // tiles
+        kv_head = item // tl.cdiv(num_pairs, BLOCK_M)
+        first_pair = item % tl.cdiv(num_pairs, BLOCK_M) * BLOCK_M
         item_start = group_at + item * tiles
         begin = at - item_start
         end = tl.minimum(stop - item_start, tiles)
-        pair_tiles = tl.cdiv(num_pairs, BLOCK_M)
-        kv_head = item // pair_tiles
-        first_pair = item % pair_tiles * BLOCK_M
 
         valid_M = first_pair + m_M < num_pairs
         pair_M = row * GROUP + first_pair + m_M
@@ -99,28 +98,12 @@ def _prefix_kernel(
         whole = length // BLOCK_N  # tiles before this one need no mask
         for masked in tl.static_range(2):
             acc_MD, max_M, sum_M = attend_tiles(
-                q_MD,
-                tl.full([BLOCK_M], 0, tl.int32) + (length - 1),
-                acc_MD,
-                max_M,
-                sum_M,
-                k_ptr + kv_head * k_strides[2],
-                v_ptr + kv_head * v_strides[2],
-                table_ptr + row * table_stride,
-                k_strides,
-                v_strides,
-                length,
-                tl.maximum(begin, whole) if masked else begin,
-                end if masked else tl.minimum(end, whole),
-                scale,
-                softcap,
-                HEAD_DIM,
-                PAGE,
-                0,
-                SOFTCAP,
-                masked == 1,
-                BLOCK_N,
-            )
+                q_MD, tl.full([BLOCK_M], 0, tl.int32) + (length - 1), acc_MD, max_M, sum_M,
+                k_ptr + kv_head * k_strides[2], v_ptr + kv_head * v_strides[2], table_ptr + row * table_stride,
+                k_strides, v_strides, length,
+                tl.maximum(begin, whole) if masked else begin, end if masked else tl.minimum(end, whole),
+                scale, softcap, HEAD_DIM, PAGE, 0, SOFTCAP, masked == 1, BLOCK_N,
+            )  # fmt: skip
         # A share touches two cut items at most: one that began before it, and one that goes on after it.
         entry = (2 * pid + (begin == 0).to(tl.int32)) * BLOCK_M
         result = (kv_head * num_rows + row) * GROUP + first_pair
@@ -136,12 +119,15 @@ def _prefix_kernel(
 
 
 def _launch_shape(block_d: int, itemsize: int) -> tuple[int, int, int, int, int]:
-    """Pairs of a tile, tokens of a KV tile, warps, pipeline stages, and programs for each multiprocessor."""
-    if itemsize == 4:  # no tensor cores in float32: small tiles, or the registers spill
-        return 32, 32, 4, 2, 2
-    if block_d > 128:
-        return 128, 32, 8, 2, 1
-    return 64, 64, 4, 2, 1 if torch.version.hip else 2
+    """Pairs of a tile, tokens of a KV tile, warps, pipeline stages, and programs for each multiprocessor.
+
+    The largest tiles that do not spill. 64 pairs and not 128: small groups fill them better.
+    """
+    if itemsize == 4:  # no tensor cores in float32
+        return 16, 32, 4, 2, 2
+    if torch.version.hip:
+        return (64, 16, 4, 2, 1) if block_d > 128 else (64, 32, 4, 2, 2)
+    return (128, 32, 8, 2, 1) if block_d > 128 else (64, 64, 4, 2, 2)
 
 
 def shared_prefix(
@@ -168,11 +154,10 @@ def shared_prefix(
         scores, float32 [K, B, H / K]. Rows that are alone are not written.
     """
     num_rows, num_heads, head_dim = q_BHD.shape
-    num_kv_heads, group = k_NSKD.shape[2], num_heads // k_NSKD.shape[2]
-    num_groups, device = group_len_G.shape[0], q_BHD.device
+    num_kv_heads, num_groups, device = k_NSKD.shape[2], len(group_len_G), q_BHD.device
+    group = num_heads // num_kv_heads
     check_cache(k_NSKD, v_NSKD)
-    assert q_BHD.stride(2) == 1
-    assert block_table_BP.stride(1) == 1
+    assert q_BHD.stride(2) == block_table_BP.stride(1) == 1
     assert num_heads == group * num_kv_heads
     assert len(group_start_G1) == num_groups + 1
     block_d = max(16, triton.next_power_of_2(head_dim))

@@ -73,7 +73,7 @@ def test_any_number_of_programs(programs, device):
 
 @pytest.mark.parametrize("num_rows", [15, 16, 17])
 def test_groups_end_at_tile_edges(num_rows, dtype, device):
-    """16 rows of 4 heads fill 64 pairs, a tile of 16 bits (two of 32): one row less, and one more."""
+    """16 rows of 4 heads fill a tile of 64 pairs (four of 16 in float32): one row less, and one more."""
     _check([0, num_rows], [48], [49 + row % 3 for row in range(num_rows + 1)], 4, 1, 32, 16, dtype, device)
 
 
