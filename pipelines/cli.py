@@ -1,13 +1,15 @@
-"""The command line: `rayinfer run`, `rayinfer doctor`."""
+"""The command line: `rayinfer run`, `replay`, `verify`, `doctor`."""
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -26,39 +28,85 @@ app = typer.Typer(
 )
 
 
+_Strict = Annotated[bool, typer.Option("--strict", help="Exit with 3 if any row failed.")]
+_Json = Annotated[Path | None, typer.Option("--json", help="Write the summary to this file as JSON.")]
+_Address = Annotated[str | None, typer.Option(help="Ray cluster; default: one of its own on this machine.")]
+_Verbose = Annotated[bool, typer.Option("--verbose", help="Show Ray's logs, and the trace of what went wrong.")]
+_Output = Annotated[str, typer.Argument(help="Folder that a job wrote; any fsspec URI.")]
+
+
 @app.command()
 def run(
     job: Annotated[Path, typer.Argument(help="Job file (YAML); its relative paths are relative to its folder.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output of an earlier job.")] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows of the source.")] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 if any row failed.")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the summary to this file as JSON.")] = None,
-    address: Annotated[str | None, typer.Option(help="Ray cluster; default: one of its own on this machine.")] = None,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", help="Show Ray's logs, and the trace of what went wrong.")
-    ] = False,
+    strict: _Strict = False,
+    json_file: _Json = None,
+    address: _Address = None,
+    verbose: _Verbose = False,
 ) -> None:
-    """Answer every row of a table as JOB says, and write the answers as a table.
+    """Answer every row of a table as JOB says, and write the answers as a table. Again: go on where it stopped.
 
-    Exit codes: 0 complete; 1 incomplete; 2 refused before the start; 3 failed rows (--strict); 130 stopped by Ctrl-C.
+    Exit codes: 0 complete; 1 incomplete, the same command goes on; 2 refused before the start; 3 failed rows
+    (--strict); 130 stopped by Ctrl-C, the same command goes on.
     """
-    console = Console()
-    errors = Console(stderr=True)
+    from rayinfer.pipelines.job import load_job
+
+    options = {"overwrite": overwrite, "address": address, "verbose": verbose}
+    _execute(lambda: load_job(job, limit=limit), strict, json_file, options)
+
+
+@app.command()
+def replay(
+    output: _Output,
+    job: Annotated[Path | None, typer.Option(help="Job file, if its URIs hold what no log may keep.")] = None,
+    strict: _Strict = False,
+    json_file: _Json = None,
+    address: _Address = None,
+    verbose: _Verbose = False,
+) -> None:
+    """Run the failed rows of a complete job again. Exit codes: as of `run`."""
+    from rayinfer.pipelines.job import load_job
+
+    def load() -> Any:
+        from rayinfer.pipelines.identity import recall_job
+
+        return load_job(job) if job is not None else recall_job(output)
+
+    _execute(load, strict, json_file, {"replay": True, "address": address, "verbose": verbose})
+
+
+@app.command()
+def verify(output: _Output) -> None:
+    """Prove that OUTPUT has every row of its source once. Exit codes: 0 it has; 1 it has not; 2 no job's output."""
+    from rayinfer.pipelines.job import resolve_uri
+    from rayinfer.pipelines.verify import verify
+
+    try:
+        facts, wrong = verify(resolve_uri(output, "."))
+    except ConfigError as error:
+        _refuse(error)
+    _show(facts)
+    for line in wrong:
+        Console().print(Text(f"wrong: {line}", style="bold red"), soft_wrap=True)
+    if wrong:
+        raise typer.Exit(INCOMPLETE)
+    Console().print(Text("every row is there once", style="bold green"))
+
+
+def _execute(load: Callable[[], Any], strict: bool, json_file: Path | None, options: dict[str, Any]) -> None:
+    """Run a job, print what it came to, and exit with its code."""
+    console, errors = Console(), Console(stderr=True)
     _Stopper()
     try:
-        from rayinfer.pipelines.job import load_job
-
-        spec = load_job(job, limit=limit)
+        spec = load()
         console.print(Text("checking the job", style="dim"))
         from rayinfer.pipelines.report import print_report
         from rayinfer.pipelines.run import run_job
-        from rayinfer.pipelines.sinks import list_files
 
-        result = run_job(spec, overwrite=overwrite, address=address, verbose=verbose, console=console)
+        result = run_job(spec, **options, console=console)
     except ConfigError as error:
-        for line in str(error).splitlines():
-            errors.print(Text.assemble(("refused: ", "bold red"), line), soft_wrap=True)
-        raise typer.Exit(REFUSED) from None
+        _refuse(error)
     except KeyboardInterrupt:
         errors.print("stopped before the job began", style="bold red")
         raise typer.Exit(INTERRUPTED) from None
@@ -66,14 +114,27 @@ def run(
     if json_file is not None:
         json_file.write_text(json.dumps(result.as_dict(), indent=1, default=str) + "\n", encoding="utf-8")
     if not result.complete:
-        parts = len(list_files(spec.sink))
-        errors.print(
-            Text(f"{parts} file(s) stay in {result.output}, not a whole table; run again with --overwrite"),
-            soft_wrap=True,
-        )
+        errors.print(Text(f"{result.num_rows_out:,} of {result.num_rows_in:,} rows are kept; to go on, type:"))
+        again = [word for word in sys.argv[1:] if word != "--overwrite"]
+        errors.print(Text(f"  rayinfer {shlex.join(again)}"), soft_wrap=True)
         raise typer.Exit(INTERRUPTED if result.status == "interrupted" else INCOMPLETE)
     if strict and result.num_failed:
         raise typer.Exit(FAILED_ROWS)
+
+
+def _refuse(error: ConfigError) -> NoReturn:
+    for line in str(error).splitlines():
+        Console(stderr=True).print(Text.assemble(("refused: ", "bold red"), line), soft_wrap=True)
+    raise typer.Exit(REFUSED) from None
+
+
+def _show(facts: list[tuple[str, str]]) -> None:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in facts:
+        grid.add_row(name, Text(value))
+    Console().print(grid)
 
 
 @app.command()
@@ -82,13 +143,8 @@ def doctor() -> None:
     from rayinfer.pipelines.doctor import examine
 
     console = Console()
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="dim", no_wrap=True)
-    grid.add_column(overflow="fold")
     facts, missing = examine()
-    for name, value in facts:
-        grid.add_row(name, Text(value))
-    console.print(grid)
+    _show(facts)
     for line in missing:
         console.print(Text(f"missing: {line}", style="yellow"), soft_wrap=True)
     console.print(Text("ready" if not missing else "ready, without what is missing", style="bold green"))

@@ -51,7 +51,8 @@ class ProcessorSpec(_Spec):
 class SinkSpec(_Spec):
     uri: Annotated[str, Field(min_length=1, description="folder; any fsspec URI that all nodes reach")]
     format: FileFormat = "parquet"
-    rows_per_part: Annotated[int, Field(ge=1, description="rows of one part file")] = 5000
+    rows_per_part: Annotated[int, Field(ge=1, description="a part is written when so many rows are finished")] = 5000
+    flush_seconds: Annotated[float, Field(gt=0, description="or when a row has been finished for so long")] = 60.0
     columns: Annotated[list[str] | None, Field(description="source columns to keep; default: all read")] = None
 
 

@@ -29,11 +29,11 @@ class Progress:
     and kv_usage (0 to 1), as StatsBoard.snapshot gives them.
     """
 
-    def __init__(self, console: Console, num_rows: int):
-        self._console, self._num_rows = console, num_rows
+    def __init__(self, console: Console, num_rows: int, num_before: int = 0):
+        self._console, self._num_rows, self._num_before = console, num_rows, num_before
         self._poll: Callable[[], Stats | None] = lambda: None
         self._phase, self._phase_start, self._counters = "", time.monotonic(), True
-        self._num_written = 0
+        self._num_written = num_before
         self._stats: Stats = {}
         self._history: deque[tuple[float, ...]] = deque()  # time, rows, prompt tokens, generated tokens
         self._stop = threading.Event()
@@ -66,13 +66,13 @@ class Progress:
             self._console.print(Text(name))
 
     def written(self, num_rows: int) -> None:
-        """Count rows that are in a part of the output."""
-        self._num_written += num_rows
+        """Set how many rows are committed, those of earlier runs (`num_before`) among them."""
+        self._num_written = num_rows
 
     @property
     def num_done(self) -> int:
         ended = self._stats.get("num_finished", 0) + self._stats.get("num_failed", 0)
-        return min(max(ended, self._num_written), self._num_rows)
+        return min(max(self._num_before + ended, self._num_written), self._num_rows)
 
     def _run(self) -> None:
         next_plain = time.monotonic() + PLAIN_SECONDS
@@ -100,7 +100,7 @@ class Progress:
         return rows, tokens_in, tokens_out
 
     def _started(self) -> bool:
-        return self._counters and bool(self.num_done or self._stats.get("num_running"))
+        return self._counters and bool(self.num_done > self._num_before or self._stats.get("num_running"))
 
     def _waiting(self) -> str:
         return f"{self._phase} ({clock(time.monotonic() - self._phase_start)})"

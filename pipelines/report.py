@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rayinfer.pipelines.keys import KeyDigest
+from rayinfer.pipelines.log import CommitLog
 from rayinfer.pipelines.progress import clock
-from rayinfer.pipelines.sinks import Entry
 from rayinfer.processors.columns import OUTPUT
 
-NUM_SAMPLES = 4
+NUM_SAMPLES = 12  # to choose from
+_NUM_SHOWN = 4
+_RATES = {
+    "num_rows_out": "rows_per_second",
+    "num_input_tokens": "input_tokens_per_second",
+    "num_generated_tokens": "generated_tokens_per_second",
+}
 _STAGES = {"check": "check", "start": "start Ray", "load": "load model", "run": "inference"}
 
 
@@ -32,14 +38,14 @@ class JobResult:
     num_failed: int = 0
     num_parts: int = 0
     num_bytes: int = 0
-    keys_in: str = ""  # digest of the source's keys, see keys.KeyDigest
-    keys_out: str = ""
+    num_rows_before: int = 0  # done by earlier runs of the job
     errors: dict[str, int] = field(default_factory=dict)
     num_input_tokens: int = 0
     num_generated_tokens: int = 0
     num_cached_tokens: int = 0
     seconds: dict[str, float] = field(default_factory=dict)  # by stage: check, start, load, run
     samples: list[dict[str, Any]] = field(default_factory=list)
+    _before: dict[str, int] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def complete(self) -> bool:
@@ -49,35 +55,37 @@ class JobResult:
     def num_rows_out(self) -> int:
         return self.num_ok + self.num_failed
 
-    def per_second(self, count: int) -> float:
-        """Rate of inference: loading and starting are not in it."""
-        return count / self.seconds["run"] if self.seconds.get("run") else 0.0
+    def per_second(self, name: str) -> float:
+        """Rate of inference in this run: loading and starting are not in it."""
+        run = self.seconds.get("run")
+        return (getattr(self, name) - self._before.get(name, 0)) / run if run else 0.0
 
-    def add(self, entry: Entry) -> None:
-        failed = sum(entry.errors.values())
-        self.num_failed += failed
-        self.num_ok += entry.num_rows - failed
-        self.num_parts += 1
-        self.errors = dict(Counter(self.errors) + Counter(entry.errors))
+    def begin(self, log: CommitLog) -> None:
+        """Count what earlier runs did, so that rates are this run's."""
+        self.count(log)
+        self.num_rows_before = self.num_rows_out
+        self._before = {name: getattr(self, name) for name in _RATES}
+
+    def count(self, log: CommitLog) -> None:
+        """Take the figures of all rows that are done."""
+        parts = log.parts.values()
+        self.errors = dict(sum((Counter(part.errors) for part in parts), Counter()))
+        self.num_failed, self.num_parts = sum(self.errors.values()), len(parts)
+        self.num_ok = log.done.count - self.num_failed
         for name in ("num_bytes", "num_input_tokens", "num_generated_tokens", "num_cached_tokens"):
-            setattr(self, name, getattr(self, name) + getattr(entry, name))
-        self.samples = (self.samples + entry.samples)[: 3 * NUM_SAMPLES]
+            setattr(self, name, sum(getattr(part, name) for part in parts))
 
-    def check_equation(self, keys_in: KeyDigest, keys_out: KeyDigest) -> str:
-        """Return what is wrong with in = ok + failed, by count and by key; empty when it holds."""
-        self.keys_in, self.keys_out = keys_in.hex(), keys_out.hex()
-        if self.num_rows_out != self.num_rows_in:
-            return f"the rows do not add up: {self.num_rows_in:,} in, {self.num_ok:,} ok + {self.num_failed:,} failed"
-        lost = f"{self.num_rows_in:,} rows came out, but not those that went in: a row was lost and another doubled"
-        return "" if keys_in == keys_out else lost
+    @classmethod
+    def of_marker(cls, marker: Mapping[str, Any], seconds: dict[str, float]) -> JobResult:
+        """What a job came to whose success marker is there."""
+        known = {field.name for field in fields(cls) if field.init}
+        result = cls(**{key: value for key, value in marker.items() if key in known})
+        result.seconds, result.reason = seconds, f"nothing to do: complete since {marker['finished']}"
+        return result
 
     def as_dict(self) -> dict[str, Any]:
-        rates = {
-            "rows_per_second": self.num_rows_out,
-            "input_tokens_per_second": self.num_input_tokens,
-            "generated_tokens_per_second": self.num_generated_tokens,
-        }
-        return {**asdict(self), **{name: round(self.per_second(count), 3) for name, count in rates.items()}}
+        figures = {key: value for key, value in asdict(self).items() if not key.startswith("_")}
+        return {**figures, **{rate: round(self.per_second(name), 3) for name, rate in _RATES.items()}}
 
 
 def print_report(console: Console, result: JobResult) -> None:
@@ -96,7 +104,8 @@ def print_report(console: Console, result: JobResult) -> None:
         cached = f" ({result.num_cached_tokens:,} from the prefix cache)" if result.num_cached_tokens else ""
         tokens = (result.num_input_tokens, result.num_generated_tokens)
         grid.add_row("tokens", f"{tokens[0]:,} in{cached}, {tokens[1]:,} out")
-        rows, tokens_in, tokens_out = (result.per_second(count) for count in (result.num_rows_out, *tokens))
+    if result.seconds.get("run"):
+        rows, tokens_in, tokens_out = map(result.per_second, _RATES)
         grid.add_row("speed", f"{rows:,.1f} rows/s, {tokens_in:,.0f} tokens/s in, {tokens_out:,.0f} out")
     stages = ", ".join(f"{_STAGES[key]} {seconds:.1f}s" for key, seconds in result.seconds.items())
     grid.add_row("time", f"{clock(sum(result.seconds.values()))}: {stages}")
@@ -112,13 +121,15 @@ def print_report(console: Console, result: JobResult) -> None:
         console.print(Text("complete, with failed rows: see error_type and error_message", style="bold yellow"))
     else:
         console.print(Text("complete", style="bold green"))
+    if result.complete and result.reason:
+        console.print(Text(result.reason))
 
 
 def _samples(result: JobResult, width: int) -> Table:
     """A few rows: the key, the longest of the row's own texts, what the model answered (or why not)."""
     good = [row for row in result.samples if row["error_type"] is None]
     bad = [row for row in result.samples if row["error_type"] is not None]
-    rows = good[: NUM_SAMPLES - bool(bad)] + bad[: max(1, NUM_SAMPLES - len(good))]
+    rows = good[: _NUM_SHOWN - bool(bad)] + bad[: max(1, _NUM_SHOWN - len(good))]
     own = [name for name in rows[0] if name not in OUTPUT.names and name != result.key_column]
     shown = sorted(own, key=lambda name: -sum(len(row[name] or "") for row in rows))[:1]
     table = Table(show_lines=True, title="a few rows", title_justify="left", title_style="dim")

@@ -22,26 +22,18 @@ from rich.text import Text
 
 import rayinfer
 from rayinfer.errors import ConfigError, ErrorType, RowError
-from rayinfer.inputs import load_tokenizer
-from rayinfer.models.load import inspect_model
+from rayinfer.pipelines.collect import MAX_FRUITLESS_ROUNDS, Block, RayWrites, Written, collect_all
+from rayinfer.pipelines.identity import JOB, check_same, claim_job, fingerprint, read_job
 from rayinfer.pipelines.job import JobSpec
-from rayinfer.pipelines.keys import KeyDigest
+from rayinfer.pipelines.log import PART_PREFIX, CommitLog, Lease, OutputTakenError, part_ids
 from rayinfer.pipelines.progress import Progress
-from rayinfer.pipelines.report import JobResult
-from rayinfer.pipelines.sinks import (
-    MARKER,
-    Entry,
-    PartWriter,
-    check_apart,
-    check_sink,
-    clear,
-    output_schema,
-    sweep,
-    write_whole,
-)
-from rayinfer.pipelines.sources import KEY, SOURCE, SOURCE_ERROR, Census, take_census
+from rayinfer.pipelines.report import NUM_SAMPLES, JobResult
+from rayinfer.pipelines.sinks import MARKER, PartWriter, check_apart, check_sink, output_schema
+from rayinfer.pipelines.sources import KEY, SOURCE, SOURCE_ERROR, Census, list_source, take_census
+from rayinfer.pipelines.store import META, Store
 from rayinfer.pipelines.template import PromptTemplate
 from rayinfer.processors import EngineProcessorConfig, StatsBoard, build_processor
+from rayinfer.processors.ray_compat import finished_blocks
 
 
 @dataclass(frozen=True)
@@ -49,9 +41,12 @@ class Plan:
     """A job that was found to be right; nothing has been started or removed yet."""
 
     spec: JobSpec
+    store: Store  # the output
+    fingerprint: dict[str, Any]
     census: Census
     schema: pa.Schema  # of the output
-    old_files: list[str]  # of an earlier run, in the output folder
+    log: CommitLog | None  # of the same job's earlier runs; None: it begins
+    marker: dict[str, Any] | None  # of the success that the log tells of
 
 
 def prepare(spec: JobSpec, *, overwrite: bool = False) -> Plan:
@@ -60,18 +55,42 @@ def prepare(spec: JobSpec, *, overwrite: bool = False) -> Plan:
     Raises:
         ConfigError: anything that the user has to change; no engine was started, no file removed.
     """
-    old_files = check_sink(spec.sink, overwrite=overwrite)
-    census = take_census(spec.source)
+    store = check_sink(spec.sink, overwrite=overwrite)
+    listing = list_source(spec.source)
+    check_apart(spec.sink, spec.source, listing)
+    same = fingerprint(spec, listing)
+    job = None if overwrite else read_job(store)
+    log = marker = None
+    if job is None:
+        census = take_census(spec.source, listing)
+    else:
+        check_same(job, same, spec.sink.uri)
+        census = Census.unpack(spec.source, job["census"])
+        log = CommitLog(store, job["id"], census.num_rows)
+        marker = read_marker(store, log)
     spec.template().check_columns(census.schema.names)
-    schema = output_schema(census, spec)
-    check_apart(spec.sink, census)
-    on_cpu = spec.model.model_copy(update={"device": "cpu"})  # the driver may be a machine without a GPU
-    inspect_model(on_cpu)
-    if spec.messages is not None:
-        tokenizer = load_tokenizer(on_cpu)
-        if tokenizer is None or not tokenizer.chat_template:
-            raise ConfigError(f"messages: the model {spec.model.model!r} has no chat template; write `prompt` instead")
-    return Plan(spec, census, schema, old_files)
+    plan = Plan(spec, store, same, census, output_schema(census, spec), log, marker)
+    if marker is None:
+        from rayinfer.inputs import load_tokenizer  # not for a job that is complete: transformers costs seconds
+        from rayinfer.models.load import inspect_model
+
+        on_cpu = spec.model.model_copy(update={"device": "cpu"})  # the driver may be a machine without a GPU
+        inspect_model(on_cpu)
+        if spec.messages is not None:
+            tokenizer = load_tokenizer(on_cpu)
+            if tokenizer is None or not tokenizer.chat_template:
+                name = spec.model.model
+                raise ConfigError(f"messages: the model {name!r} has no chat template; write `prompt` instead")
+    return plan
+
+
+def read_marker(store: Store, log: CommitLog) -> dict[str, Any] | None:
+    """The success marker, if it is of the log as it stands now."""
+    try:
+        marker = json.loads(store.read(MARKER))
+    except (FileNotFoundError, ValueError):
+        return None
+    return marker if marker.get("log") == [log.job_id, len(store.sizes(log.folder))] else None
 
 
 class RenderPrompt:
@@ -90,14 +109,16 @@ def run_job(
     spec: JobSpec,
     *,
     overwrite: bool = False,
+    replay: bool = False,
     address: str | None = None,
     verbose: bool = False,
     console: Console | None = None,
 ) -> JobResult:
-    """Run a job to its end.
+    """Run a job to its end, from where earlier runs of it came to.
 
     Args:
         spec: from `load_job` or `JobSpec.parse`. overwrite: replace the output of an earlier job.
+        replay: run the failed rows of a complete job again; they are missing from the table until they are done.
         address: Ray cluster; default: the Ray that this process is connected to, else one of its own on this machine.
         verbose: show Ray's own logs and progress. console: where to show progress; default: standard output.
 
@@ -110,36 +131,24 @@ def run_job(
     console = console or Console()
     times = _Times()
     plan = prepare(spec, overwrite=overwrite)
-    census = plan.census
-    result = JobResult(output=spec.sink.uri, num_rows_in=census.num_rows, key_column=census.spec.id_column or KEY)
-    console.print(Text(_intro(plan), style="dim"))
-    parts: dict[str, int] = {}
-    keys_out = KeyDigest()
-    try:
-        with Progress(console, census.num_rows) as progress:
-            times.enter("start")
-            progress.phase("starting Ray")
-            with _ray(address, verbose), _Board(times) as board:
-                times.enter("load")
-                progress.phase("loading the model", board.poll)
-                dataset = _dataset(plan, board.actor)
-                clear(spec.sink, plan.old_files)
-                try:
-                    for entry in _entries(dataset):
-                        times.enter("run")
-                        result.add(entry)
-                        parts[entry.name] = entry.num_bytes
-                        keys_out.merge(KeyDigest.of(entry.num_rows, entry.keys))
-                        progress.written(entry.num_rows)
-                except KeyboardInterrupt:
-                    progress.phase("stopping: ending the engines and Ray", counters=False)
-                    raise
+    if replay and plan.log is None:
+        raise ConfigError(f"sink.uri = {spec.sink.uri!r}: no job's output, so no failed rows to run again")
+    replay = replay and plan.marker is not None  # else the rows of an earlier replay are still to do
+    if plan.marker is not None and not (replay and plan.marker["num_failed"]):
         times.enter("end")
-        result.reason = _check(plan, result, parts, keys_out)
-        result.seconds = times.seconds
-        if not result.reason:
-            result.status = "complete"
-            write_whole(spec.sink.uri, MARKER, _marker(plan, result, parts))
+        return JobResult.of_marker(plan.marker, times.seconds)
+    result = JobResult(output=spec.sink.uri, num_rows_in=plan.census.num_rows)
+    result.key_column = plan.census.spec.id_column or KEY
+    if plan.log is not None:
+        plan.log.load()
+        result.begin(plan.log)
+    console.print(Text(_intro(plan), style="dim"))
+    try:
+        lease = Lease(plan.store)
+        lease.check()
+        with lease:
+            log = _work(plan, result, times, console, overwrite=overwrite, replay=replay, cluster=(address, verbose))
+            _finish(plan, log, result, times)
     except KeyboardInterrupt:
         result.status, result.reason = "interrupted", "stopped before all rows were done"
     except ConfigError:
@@ -147,10 +156,106 @@ def run_job(
     except Exception as error:  # a lost node, a full disk, a bug: what was finished is told, and that it is not all
         if verbose:
             console.print_exception()
-        result.status, result.reason = "incomplete", _cause(error)
+        result.reason = str(error) if isinstance(error, OutputTakenError) else _cause(error)
     times.enter("end")
     result.seconds = times.seconds
     return result
+
+
+def _work(
+    plan: Plan,
+    result: JobResult,
+    times: _Times,
+    console: Console,
+    *,
+    overwrite: bool,
+    replay: bool,
+    cluster: tuple[str | None, bool],
+) -> CommitLog:
+    """Compute and commit what is missing; returns the log."""
+    log = plan.log
+    if log is not None and not (log.num_missing or replay):
+        return _take_over(plan, overwrite)  # only the end of an earlier run is left to do
+    num_before = result.num_ok if replay else result.num_rows_out
+    with Progress(console, plan.census.num_rows, num_before) as progress:
+        times.enter("start")
+        progress.phase("starting Ray")
+        with _ray(*cluster), _Board(times) as board:
+            times.enter("load")
+            progress.phase("loading the model", board.poll)
+            dataset: ray.data.Dataset | None = _dataset(plan, board.actor, log)  # refuses before anything is removed
+            log = _take_over(plan, overwrite)
+            if replay:
+                plan.store.remove([MARKER])
+                log.replay()
+                dataset = None
+            result.begin(log)
+            sink = plan.spec.sink
+            writes = RayWrites(PartWriter(plan.store, sink.format, plan.schema, log.part_prefix, log.num_replays))
+
+            def committed(written: Written) -> None:
+                times.enter("run")
+                result.samples = (result.samples + written[1])[:NUM_SAMPLES]
+                progress.written(log.done.count)
+
+            def blocks() -> Iterator[Block]:
+                nonlocal dataset
+                lazy, dataset = dataset or _dataset(plan, board.actor, log), None
+                return finished_blocks(lazy)
+
+            try:
+                collect_all(blocks, log, writes, sink, committed)
+            except KeyboardInterrupt:
+                progress.phase("stopping: ending the engines and Ray", counters=False)
+                raise
+            finally:
+                result.count(log)
+    return log
+
+
+def _take_over(plan: Plan, overwrite: bool) -> CommitLog:
+    """Become the only driver of the output, and remove what earlier ones left half done."""
+    store, log = plan.store, plan.log
+    if overwrite:
+        nameless = [name for name in store.sizes() if name.startswith(PART_PREFIX) and not part_ids([name])]
+        store.remove([MARKER, JOB, *nameless])
+    job = claim_job(store, plan.spec, plan.fingerprint, plan.census)
+    if log is None or log.job_id != job["id"]:
+        log = CommitLog(store, job["id"], plan.census.num_rows)
+        log.load()
+    log.start()
+    replaced = [name for name in store.sizes() if part_ids([name]) & set(job["replaces"])]
+    folders = [f"{META}/log-{id}/" for id in job["replaces"]]
+    store.remove([*log.garbage(), *replaced, *folders, f"{META}/tmp/"])
+    return log
+
+
+def _finish(plan: Plan, log: CommitLog, result: JobResult, times: _Times) -> None:
+    """Check the equation; if it holds, say so in the log and write the marker."""
+    times.enter("end")
+    result.seconds = times.seconds
+    result.count(log)
+    result.reason = check_equation(plan.census, log, plan.spec.sink.uri)
+    if result.reason:
+        return
+    log.end()
+    plan.store.remove(log.garbage())
+    job = read_job(plan.store)
+    if job is None or job["id"] != log.job_id:
+        raise OutputTakenError("another driver has replaced this job with --overwrite")
+    result.status = "complete"
+    plan.store.put(MARKER, _marker(log, result))
+
+
+def check_equation(census: Census, log: CommitLog, uri: str) -> str:
+    """Return what is wrong with in = ok + failed, by row, by key and by file; empty when it holds."""
+    if log.num_missing:
+        return f"{log.num_missing:,} of {census.num_rows:,} rows are missing after {MAX_FRUITLESS_ROUNDS} more rounds"
+    if log.digest() != census.key_digest():
+        return f"{census.num_rows:,} rows came out, but their keys are not those that went in"
+    sizes = log.store.sizes()
+    gone = sorted(name for name, part in log.parts.items() if sizes.get(name) != part.num_bytes)
+    return f"{len(gone)} part(s) are no longer in {uri!r} as they were written (first: {gone[0]})" if gone else ""
 
 
 class _Times:
@@ -243,8 +348,8 @@ def _hushed_core() -> Iterator[None]:
             del os.environ[name]
 
 
-def _dataset(plan: Plan, board: Any) -> ray.data.Dataset:
-    """The whole job as a lazy dataset whose rows are entries of parts."""
+def _dataset(plan: Plan, board: Any, log: CommitLog | None) -> ray.data.Dataset:
+    """What is to be done for the rows that the log lacks, as a lazy dataset of finished rows."""
     spec = plan.spec
     config = EngineProcessorConfig(
         model_source=spec.model.model,
@@ -254,37 +359,18 @@ def _dataset(plan: Plan, board: Any) -> ray.data.Dataset:
         **spec.processor.model_dump(exclude_none=True),
     )
     processor = build_processor(config, preprocess=RenderPrompt(spec.template()), stats_actor=board)
-    finished = processor(plan.census.dataset())
-    writer = PartWriter(spec.sink, plan.schema)
-    return finished.map_batches(writer, batch_size=spec.sink.rows_per_part, batch_format="pyarrow")
+    units = plan.census.units_left(log.done) if log and log.num_missing else plan.census.units
+    return processor(plan.census.dataset(units))
 
 
-def _entries(dataset: ray.data.Dataset) -> Iterator[Entry]:
-    """Run the dataset; only entries come to the driver, however many rows there are."""
-    for row in dataset.iter_rows():
-        yield Entry(**json.loads(row["entry"]))
-
-
-def _check(plan: Plan, result: JobResult, parts: dict[str, int], keys_out: KeyDigest) -> str:
-    """Return why the table is not complete, or an empty string; remove files that no entry names."""
-    reason = result.check_equation(plan.census.key_digest(), keys_out)
-    wrong = [] if reason else sweep(plan.spec.sink, parts)
-    if not wrong:
-        return reason
-    return (
-        f"{len(wrong)} part(s) that workers wrote are not in {plan.spec.sink.uri!r} as the driver sees it (first: "
-        f"{wrong[0]}); the folder must be one that all nodes share"
-    )
-
-
-def _marker(plan: Plan, result: JobResult, parts: dict[str, int]) -> bytes:
+def _marker(log: CommitLog, result: JobResult) -> bytes:
     """The success marker: figures and parts. No row of the table is in it."""
     marker = {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "log": [log.job_id, log.length],
         **{key: value for key, value in result.as_dict().items() if key not in ("samples", "reason")},
-        "job": plan.spec.model_dump(mode="json", exclude_unset=True),
         "versions": {"rayinfer": rayinfer.__version__, "ray": ray.__version__, "python": platform.python_version()},
-        "parts": [{"name": name, "num_bytes": num_bytes} for name, num_bytes in sorted(parts.items())],
+        "parts": [{"name": name, "num_bytes": part.num_bytes} for name, part in sorted(log.parts.items())],
     }
     return json.dumps(marker, indent=1).encode()
 
@@ -294,7 +380,8 @@ def _intro(plan: Plan) -> str:
     left_out = f", {census.num_skipped_files} left out" if census.num_skipped_files else ""
     files = f"{census.num_files:,} file{'s' * (census.num_files != 1)}"
     source = f"{census.num_rows:,} rows from {files} ({census.format}{left_out})"
-    return f"{source}: {census.spec.uri}\nmodel: {plan.spec.model.model}"
+    done = f"\ngoing on: {plan.log.done.count:,} rows are done" if plan.log and plan.log.done.count else ""
+    return f"{source}: {census.spec.uri}\nmodel: {plan.spec.model.model}{done}"
 
 
 def _cause(error: BaseException) -> str:

@@ -1,7 +1,6 @@
-"""The sink: finished rows become part files; what reaches the driver is one small entry a part.
+"""The sink: finished rows become part files, written by tasks; of each the driver gets a small `Part`.
 
-A part's name is the hash of its bytes: a task that Ray runs again writes the same file again, not a second one. A part
-that no entry names is garbage, and `sweep` removes it.
+A part's name holds the hash of its bytes: a task that Ray runs again writes the same file again, not a second one.
 """
 
 from __future__ import annotations
@@ -12,22 +11,26 @@ import json
 import math
 import uuid
 from collections import Counter
-from dataclasses import dataclass
 from typing import Any
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
 from rayinfer.errors import ConfigError, nearest
-from rayinfer.pipelines.job import JobSpec, SinkSpec
-from rayinfer.pipelines.keys import KeyDigest
-from rayinfer.pipelines.sources import KEY, SOURCE, Census
+from rayinfer.pipelines.identity import JOB, bare_uri, read_job
+from rayinfer.pipelines.job import JobSpec, SinkSpec, SourceSpec
+from rayinfer.pipelines.keys import KeyDigest, pack_rows
+from rayinfer.pipelines.log import PART_PREFIX, Part
+from rayinfer.pipelines.sources import KEY, NUMBER, SOURCE, Census, Listing
+from rayinfer.pipelines.store import META, Store, claim, open_store
 from rayinfer.processors.columns import OUTPUT, WHEN_ASKED
+from rayinfer.processors.ray_compat import take_rows, to_arrow
 
-PART_PREFIX, TEMP_PREFIX, MARKER = "part-", ".rayinfer-", "_rayinfer.json"
+MARKER = "_rayinfer.json"
 SAMPLES_PER_PART = 3
 SAMPLE_CHARS = 400
 
@@ -37,42 +40,53 @@ RESULTS = (
     *("error_type", "error_message", "attempts"),
 )
 
-# On these a write is seen whole or not at all; elsewhere a part is written aside and moved.
-_ATOMIC_PUT = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss", "memory"}
-
-
-@dataclass
-class Entry:
-    """One part: what the driver learns of its rows."""
-
-    name: str
-    num_rows: int
-    num_bytes: int
-    sha256: str
-    keys: str  # hex of the KeyDigest
-    errors: dict[str, int]
-    num_input_tokens: int
-    num_generated_tokens: int
-    num_cached_tokens: int
-    samples: list[dict[str, Any]]
-
 
 class PartWriter:
-    """`map_batches` function: writes a batch as one part and returns its entry, as JSON in one row."""
+    """Writes finished rows as parts; made by the driver, called in tasks.
 
-    def __init__(self, sink: SinkSpec, schema: pa.Schema):
-        self.sink, self.schema = sink, schema
+    Failed rows get parts of their own, so that `replay` takes them out by taking these parts out.
+    """
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        table = flatten(batch, self.schema)
-        data = encode(table, self.sink.format)
+    def __init__(self, store: Store, format: str, schema: pa.Schema, prefix: str, num_replays: int = 0):
+        self.store, self.format, self.schema, self.prefix, self.num_replays = store, format, schema, prefix, num_replays
+
+    def __call__(self, only: np.ndarray | None, *blocks: Any) -> tuple[list[Part], list[dict[str, Any]]]:
+        """Write the rows of blocks, each row number once; returns the parts and a few rows to look at.
+
+        Args:
+            only: the row numbers to write (int64); None: all that the blocks have.
+        """
+        tables = [to_arrow(block) for block in blocks]
+        numbers = np.concatenate([table[NUMBER].to_numpy() for table in tables])
+        numbers, first = np.unique(numbers, return_index=True)
+        if only is not None:
+            kept = np.isin(numbers, only)
+            numbers, first = numbers[kept], first[kept]
+        table = take_rows(pa.concat_tables([flatten(table, self.schema) for table in tables]), first.tolist())
+        keys = take_rows(pa.concat_tables([table.select([KEY]) for table in tables]), first.tolist())[KEY]
+        table = table.set_column(*_raised(table, "attempts", self.num_replays))
+        failed = pc.is_valid(table["error_type"]).to_numpy()
+        parts = []
+        for chosen in (np.flatnonzero(~failed), np.flatnonzero(failed)):
+            if len(chosen):
+                rows = take_rows(table, chosen.tolist())
+                parts.append(self._write(rows, keys.take(pa.array(chosen)).to_pylist(), numbers[chosen]))
+        return parts, _samples(table)
+
+    def _write(self, table: pa.Table, keys: list[str], numbers: np.ndarray) -> Part:
+        data = encode(table, self.format)
         digest = KeyDigest()
-        digest.add(batch[KEY].to_pylist())
+        digest.add(keys)
         sha256 = hashlib.sha256(data).hexdigest()
-        name = f"{PART_PREFIX}{sha256[:32]}.{self.sink.format}"
-        entry = Entry(name, table.num_rows, len(data), sha256, digest.hex(), **_counts(table), samples=_samples(table))
-        write_whole(self.sink.uri, name, data)
-        return pa.table({"entry": [json.dumps(entry.__dict__)]})
+        name = f"{self.prefix}{sha256[:24]}.{self.format}"
+        self.store.put(name, data)
+        rows = pack_rows(numbers)
+        return Part(name, table.num_rows, len(data), sha256, digest.hex(), rows, **_counts(table))
+
+
+def _raised(table: pa.Table, name: str, amount: int) -> tuple[int, pa.Field, Any]:
+    index = table.schema.get_field_index(name)
+    return index, table.schema.field(index), pc.add(table[name], amount).cast(table.schema.field(index).type)
 
 
 def output_schema(census: Census, spec: JobSpec) -> pa.Schema:
@@ -162,90 +176,38 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_whole(uri: str, name: str, data: bytes) -> None:
-    """Write a file so that no reader ever sees half of it under its name."""
-    fs, folder = _open(uri)
-    if _protocols(fs) & _ATOMIC_PUT:
-        fs.pipe_file(f"{folder}/{name}", data)
-        return
-    aside = f"{folder}/{TEMP_PREFIX}{uuid.uuid4().hex}"
-    fs.makedirs(folder, exist_ok=True)  # on a disk that is not shared too: the driver then says that it is not
-    try:
-        fs.pipe_file(aside, data)
-        fs.mv(aside, f"{folder}/{name}")
-    except BaseException:
-        if fs.exists(aside):
-            fs.rm_file(aside)
-        raise
-
-
-def _open(uri: str) -> tuple[Any, str]:
-    try:
-        fs, path = fsspec.core.url_to_fs(uri)
-        return fs, path.rstrip("/")
-    except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(f"uri = {uri!r}: {error}") from None
-
-
-def _protocols(fs: Any) -> set[str]:
-    return {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
-
-
-def check_sink(sink: SinkSpec, *, overwrite: bool) -> list[str]:
-    """Check that the folder can be written; return the files of an earlier run in it (to be removed by `clear`).
+def check_sink(sink: SinkSpec, *, overwrite: bool) -> Store:
+    """Check that the folder can be written, with put-if-absent, and that no one else's files are in it.
 
     Raises:
-        ConfigError: not writable, not a folder, not empty.
+        ConfigError: not so.
     """
-    place = f"sink.uri = {sink.uri!r}"
-    fs, folder = _open(sink.uri)
-    if "memory" in _protocols(fs):
+    place = f"sink.uri = {bare_uri(sink.uri)!r}"
+    store = open_store(sink.uri)
+    if sink.uri.startswith("memory:"):
         raise ConfigError(f"{place}: memory:// is each process's own, no worker shares it; use a folder or a bucket")
-    probe = f"{TEMP_PREFIX}{uuid.uuid4().hex}"
+    probe = f"{META}/probe-{uuid.uuid4().hex}"
     try:
-        write_whole(sink.uri, probe, b"")
-        fs.rm_file(f"{folder}/{probe}")
-        files = sorted(list_files(sink))
+        exclusive = claim(store, probe, b"first") and not claim(store, probe, b"second")
+        store.remove([probe])
+        names = sorted(store.sizes())
     except Exception as error:  # a store's client raises errors of its own
         raise ConfigError(f"{place}: the folder cannot be written: {type(error).__name__}: {error}") from None
-    other = [file for file in files if not _is_ours(file)]
+    if not exclusive:
+        raise ConfigError(f"{place}: the store does not keep put-if-absent, so rows could be doubled; use another one")
+    other = [name for name in names if not name.startswith(PART_PREFIX) and name not in (MARKER, f"{META}/")]
     if other:
         raise ConfigError(f"{place}: holds {other[0]!r}, which no job wrote; name an empty folder")
-    if files and not overwrite:
-        what = "a finished job" if MARKER in files else "an unfinished job"
-        raise ConfigError(f"{place}: holds {len(files)} file(s) of {what}; give --overwrite or name another folder")
-    return files
+    if not overwrite and set(names) - {f"{META}/"} and read_job(store) is None:
+        raise ConfigError(
+            f"{place}: holds {names[-1]!r} of a job, but no {JOB} that says which; give --overwrite to remove it, or "
+            "name another folder"
+        )
+    return store
 
 
-def check_apart(sink: SinkSpec, census: Census) -> None:
+def check_apart(sink: SinkSpec, spec: SourceSpec, listing: Listing) -> None:
     """Raise ConfigError if the job could read what it writes, or remove what it reads."""
-    _, folder = _open(sink.uri)
-    _, source = _open(census.spec.uri)
-    if f"{folder}/".startswith(f"{source}/") or any(unit.file.startswith(f"{folder}/") for unit in census.units):
-        raise ConfigError(f"sink.uri = {sink.uri!r}: source and output share a folder; name another one")
-
-
-def _is_ours(name: str) -> bool:
-    return "/" not in name and (name.startswith((PART_PREFIX, TEMP_PREFIX)) or name == MARKER)
-
-
-def list_files(sink: SinkSpec) -> dict[str, int]:
-    """Name and bytes of every file in the folder, as the store has it now."""
-    fs, folder = _open(sink.uri)
-    fs.invalidate_cache()
-    files = fs.find(folder, detail=True)
-    return {file.removeprefix(folder).lstrip("/"): info["size"] for file, info in files.items()}
-
-
-def clear(sink: SinkSpec, names: list[str]) -> None:
-    """Remove files, the marker first, so that no crash leaves a marker without its parts."""
-    fs, folder = _open(sink.uri)
-    for name in sorted(names, key=lambda name: name != MARKER):
-        fs.rm_file(f"{folder}/{name}")
-
-
-def sweep(sink: SinkSpec, parts: dict[str, int]) -> list[str]:
-    """Remove what no entry names; return parts (name -> bytes) whose file is missing or has another size."""
-    sizes = list_files(sink)
-    clear(sink, [name for name in sizes if name not in parts and _is_ours(name)])
-    return [name for name, num_bytes in parts.items() if sizes.get(name) != num_bytes]
+    folder, source = (fsspec.core.url_to_fs(uri)[1].rstrip("/") for uri in (sink.uri, spec.uri))
+    if f"{folder}/".startswith(f"{source}/") or any(file.startswith(f"{folder}/") for file in listing.files):
+        raise ConfigError(f"sink.uri = {bare_uri(sink.uri)!r}: source and output share a folder; name another one")

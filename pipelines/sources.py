@@ -3,14 +3,16 @@
 The driver takes a census before anything starts: files, columns, rows, and the digest of all keys. Ray Data's own
 readers are not used because a row there does not know its place in its file, and so has no stable key without an id.
 
-Every row goes through Ray as `row_key` (string), `source` (struct of the row's columns, so that no column of the user
-can meet one of the engine) and `source_error` (string; why the row could not be read, else null).
+Every row goes through Ray as `row_key` (string), `row_number` (int64; its place in the census: file, then row),
+`source` (struct of the row's columns, so that no column of the user can meet one of the engine) and `source_error`
+(string; why the row could not be read, else null).
 """
 
 from __future__ import annotations
 
+import base64
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -18,6 +20,7 @@ from typing import Any
 from urllib.parse import unquote
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -25,14 +28,16 @@ import ray.data
 
 from rayinfer.errors import ConfigError, nearest
 from rayinfer.pipelines.job import SourceSpec
-from rayinfer.pipelines.keys import KeyDigest, find_duplicate
+from rayinfer.pipelines.keys import KeyDigest, RowSet, find_duplicate, pack_rows, unpack_rows
 from rayinfer.pipelines.textfiles import Chunk, infer_type, merge_types, read_chunks, to_array
 
-KEY, SOURCE, SOURCE_ERROR = "row_key", "source", "source_error"
+KEY, NUMBER, SOURCE, SOURCE_ERROR = "row_key", "row_number", "source", "source_error"
 SUFFIXES = {"parquet": (".parquet", ".pq"), "jsonl": (".jsonl", ".ndjson", ".json"), "csv": (".csv",)}
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 CHUNK_ROWS = 1024  # rows of one block on its way to the engines
+KEYS_AT_ONCE = 2**16  # keys made at once for the digest
 UNIT_ROWS = 8192  # row groups smaller than this share a read task
+_TAGS = ("ETag", "etag", "md5Hash", "crc32c", "content_md5", "mtime", "LastModified", "last_modified", "created")
 NUM_LIST_THREADS = 16  # footers are read in parallel: on an object store each costs a round trip
 
 
@@ -45,6 +50,20 @@ class Unit:
     first_row: int
     num_rows: int
     first_group: int = 0  # Parquet: the row group that begins with first_row
+    first_number: int = 0  # row_number of first_row
+    wanted: str = ""  # row_numbers to yield (keys.pack_rows), all if empty
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of a source, and what tells whether one was changed."""
+
+    fs: Any
+    root: str  # what the files' names are relative to
+    format: str
+    files: list[str]
+    tags: dict[str, tuple[int, str]]  # by relative name: bytes, and the store's checksum or the time of change
+    num_skipped_files: int
 
 
 @dataclass
@@ -57,7 +76,7 @@ class Census:
     units: list[Unit]
     num_files: int
     num_skipped_files: int  # files in the folder that are not of the format
-    id_digest: KeyDigest | None = None
+    digest: KeyDigest | None = None  # of the ids, once they were read
 
     @property
     def num_rows(self) -> int:
@@ -65,61 +84,120 @@ class Census:
 
     def key_digest(self) -> KeyDigest:
         """Digest of the keys that the output must have, from the source alone."""
-        digest = self.id_digest or KeyDigest()
-        for unit in self.units if self.id_digest is None else ():
-            digest.add(_row_keys(unit.name, unit.first_row, unit.num_rows))
-        return digest
+        if self.digest is None:
+            self.digest = KeyDigest()
+            for unit in self.units:
+                for row in range(0, unit.num_rows, KEYS_AT_ONCE):
+                    num_rows = min(KEYS_AT_ONCE, unit.num_rows - row)
+                    self.digest.add(_row_keys(unit.name, unit.first_row + row, num_rows))
+        return self.digest
 
-    def dataset(self) -> ray.data.Dataset:
-        """The rows as a Ray dataset: one read task for each unit, streamed in blocks of CHUNK_ROWS rows."""
-        units = ray.data.from_items([asdict(unit) for unit in self.units], override_num_blocks=len(self.units))
-        return units.map_batches(ReadUnits(self), batch_size=1, batch_format="pyarrow")
+    def units_left(self, done: RowSet) -> list[Unit]:
+        """What must be read for the rows that are not done."""
+        left = []
+        for unit in self.units:
+            rows = done.missing(unit.first_number, unit.first_number + unit.num_rows)
+            if len(rows):
+                left.append(replace(unit, wanted="" if len(rows) == unit.num_rows else pack_rows(rows)))
+        return left
+
+    def dataset(self, units: list[Unit]) -> ray.data.Dataset:
+        """The rows of units as a Ray dataset: one read task for each unit, streamed in blocks of CHUNK_ROWS rows."""
+        items = ray.data.from_items([asdict(unit) for unit in units], override_num_blocks=len(units))
+        return items.map_batches(ReadUnits(self), batch_size=1, batch_format="pyarrow")
+
+    def pack(self) -> dict[str, Any]:
+        """As JSON, so that a resumed job need not read its source to count it."""
+        digest = self.key_digest()
+        return {
+            "format": self.format,
+            "schema": base64.b64encode(self.schema.serialize()).decode(),
+            "num_rows": self.num_rows,
+            "keys": digest.hex(),
+            "num_files": self.num_files,
+            "num_skipped_files": self.num_skipped_files,
+            "units": [[unit.file, unit.name, unit.first_row, unit.num_rows, unit.first_group] for unit in self.units],
+        }
+
+    @classmethod
+    def unpack(cls, spec: SourceSpec, packed: dict[str, Any]) -> Census:
+        schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(packed["schema"])))
+        digest = KeyDigest.of(packed["num_rows"], packed["keys"])
+        counts = packed["num_files"], packed["num_skipped_files"]
+        units = _numbered(Unit(*fields) for fields in packed["units"])
+        return cls(spec, packed["format"], schema, units, *counts, digest)
 
 
-def take_census(spec: SourceSpec) -> Census:
-    """List, count and key the source.
+def take_census(spec: SourceSpec, listing: Listing | None = None) -> Census:
+    """Count and key the source.
 
     Raises:
         ConfigError: nothing there, no rows, mixed formats, an unknown column, a file that cannot be read, an id column
             with a null, a duplicate, or a type that is neither integer nor string.
     """
-    fs, files, root = _list_files(spec.uri)
-    format, chosen = _choose_format(spec, files)
-    scan = partial(_scan, fs=fs, root=root, format=format, limit=spec.limit)
+    listing = listing or list_source(spec)
+    format, chosen = listing.format, listing.files
+    scan = partial(_scan, fs=listing.fs, root=listing.root, format=format, limit=spec.limit)
     with ThreadPoolExecutor(NUM_LIST_THREADS) as pool:
         schemas, units = zip(*pool.map(scan, chosen), strict=True)
-    census = Census(spec, format, _merge(schemas, chosen, spec), [], len(chosen), len(files) - len(chosen))
-    left = spec.limit or sum(unit.num_rows for some in units for unit in some)
-    for unit in (unit for some in units for unit in some):
-        if left > 0:
-            census.units.append(replace(unit, num_rows=min(unit.num_rows, left)))
-            left -= unit.num_rows
+    every = _numbered(unit for some in units for unit in some)
+    limit = spec.limit or sum(unit.num_rows for unit in every)
+    kept = [replace(u, num_rows=min(u.num_rows, limit - u.first_number)) for u in every if u.first_number < limit]
+    census = Census(spec, format, _merge(schemas, chosen, spec), kept, len(chosen), listing.num_skipped_files)
     if not census.units:
         raise ConfigError(f"source.uri = {spec.uri!r}: no rows in {len(chosen)} {format} file(s)")
     if spec.id_column is not None:
-        census.id_digest = _digest_ids(census, spec.id_column)
+        census.digest = _digest_ids(census, spec.id_column)
     return census
 
 
-def _list_files(uri: str) -> tuple[Any, list[str], str]:
-    """Return the file system, all files in order, and the folder that their names are relative to."""
+def _numbered(units: Iterable[Unit]) -> list[Unit]:
+    """The units with their first numbers: rows are numbered through, from 0."""
+    numbered, number = [], 0
+    for unit in units:
+        numbered.append(replace(unit, first_number=number))
+        number += unit.num_rows
+    return numbered
+
+
+def list_source(spec: SourceSpec) -> Listing:
+    """Find the source's files; none is opened.
+
+    Raises:
+        ConfigError: nothing there, or files of several formats.
+    """
+    uri = spec.uri
     try:
         fs, path = fsspec.core.url_to_fs(uri)
-        root, files = path.rpartition("/")[0], []
+        root = path.rpartition("/")[0]
+        infos: dict[str, Any] = {}
         if fs.isdir(path):
             root = path.rstrip("/")
-            parts = {file: file.removeprefix(root).split("/") for file in fs.find(path)}
-            files = sorted(file for file in parts if not any(part.startswith(("_", ".")) for part in parts[file]))
+            infos = {
+                file: info
+                for file, info in fs.find(path, detail=True).items()
+                if not any(part.startswith(("_", ".")) for part in file.removeprefix(root).split("/"))
+            }
         elif fs.exists(path):
-            files = [path]
+            infos = {path: fs.info(path)}
         elif any(c in path for c in "*?["):
-            files = sorted(str(file) for file in fs.glob(path) if fs.isfile(file))
+            infos = {file: info for file, info in fs.glob(path, detail=True).items() if info["type"] == "file"}
             root = re.split(r"[*?\[]", path)[0].rpartition("/")[0]
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"source.uri = {uri!r}: {error}") from None
-    if not files:
+    if not infos:
         raise ConfigError(f"source.uri = {uri!r}: no file there")
-    return fs, files, root
+    format, chosen = _choose_format(spec, sorted(infos))
+    tags = {_relative(file, root): (infos[file]["size"] or 0, _tag(infos[file])) for file in chosen}
+    return Listing(fs, root, format, chosen, tags, len(infos) - len(chosen))
+
+
+def _relative(file: str, root: str) -> str:
+    return file.removeprefix(root).lstrip("/")
+
+
+def _tag(info: dict[str, Any]) -> str:
+    return next((str(info[key]) for key in _TAGS if info.get(key)), "")
 
 
 def _choose_format(spec: SourceSpec, files: list[str]) -> tuple[str, list[str]]:
@@ -144,7 +222,7 @@ def _choose_format(spec: SourceSpec, files: list[str]) -> tuple[str, list[str]]:
 
 def _scan(file: str, *, fs: Any, root: str, format: str, limit: int | None) -> tuple[pa.Schema, list[Unit]]:
     """Columns and units of one file; of a text file, which is read to its end (or limit), one unit."""
-    name = file.removeprefix(root).lstrip("/")
+    name = _relative(file, root)
     units: list[Unit] = []
     first_row = 0
     try:
@@ -254,31 +332,44 @@ class ReadUnits:
             yield from self.read(Unit(**unit))
 
     def read(self, unit: Unit) -> Iterator[pa.Table]:
-        """Yield the unit's rows as tables of row_key, source, source_error."""
+        """Yield the wanted rows of the unit as tables of row_key, row_number, source, source_error."""
         fs, _ = fsspec.core.url_to_fs(self.spec.uri)
-        hive = _hive_values(unit.name)
         row, end = unit.first_row, unit.first_row + unit.num_rows
+        wanted = unpack_rows(unit.wanted) if unit.wanted else None
         text = self.format != "parquet"
         chunks = read_chunks(fs, unit.file, self.format, CHUNK_ROWS) if text else self._parquet(fs, unit)
         for columns, errors in chunks:
-            arrays = []
-            for name, kind in zip(self.schema.names, self.schema.types, strict=True):
-                if name in columns:
-                    arrays.append(to_array(columns[name], kind, from_text=self.format == "csv"))
-                elif name in hive:
-                    arrays.append(to_array([hive[name]] * len(errors), kind, from_text=True))
-                else:
-                    arrays.append(pa.nulls(len(errors), kind))
-            source = pa.StructArray.from_arrays(arrays, fields=list(self.schema))
-            keys = pa.array(_row_keys(unit.name, row, len(errors)), pa.string())
-            if self.spec.id_column is not None:
-                keys = source.field(self.spec.id_column).cast(pa.string())
-            table = pa.table({KEY: keys, SOURCE: source, SOURCE_ERROR: pa.array(errors, pa.string())})
-            yield table.slice(0, end - row)
-            row += min(len(errors), end - row)
+            num_rows = min(len(errors), end - row)
+            first = unit.first_number + row - unit.first_row
+            row += num_rows
+            if wanted is not None:
+                kept = wanted[slice(*np.searchsorted(wanted, [first, first + num_rows]))] - first
+            if wanted is None or len(kept):
+                table = self._table(unit, row - num_rows, first, columns, errors)
+                yield table.slice(0, num_rows) if wanted is None else table.take(pa.array(kept))
             if row == end:
                 return
         raise OSError(f"{unit.file}: ends at row {row}, the census counted {end}: the file changed under the job")
+
+    def _table(
+        self, unit: Unit, row: int, number: int, columns: Mapping[str, Any], errors: list[str | None]
+    ) -> pa.Table:
+        """A chunk that begins with row `row` of the file, whose row_number is `number`."""
+        hive, num_rows = _hive_values(unit.name), len(errors)
+        arrays = []
+        for name, kind in zip(self.schema.names, self.schema.types, strict=True):
+            if name in columns:
+                arrays.append(to_array(columns[name], kind, from_text=self.format == "csv"))
+            elif name in hive:
+                arrays.append(to_array([hive[name]] * num_rows, kind, from_text=True))
+            else:
+                arrays.append(pa.nulls(num_rows, kind))
+        source = pa.StructArray.from_arrays(arrays, fields=list(self.schema))
+        keys = pa.array(_row_keys(unit.name, row, num_rows), pa.string())
+        if self.spec.id_column is not None:
+            keys = source.field(self.spec.id_column).cast(pa.string())
+        numbers = pa.array(np.arange(number, number + num_rows))
+        return pa.table({KEY: keys, NUMBER: numbers, SOURCE: source, SOURCE_ERROR: pa.array(errors, pa.string())})
 
     def _parquet(self, fs: Any, unit: Unit) -> Iterator[Chunk]:
         with fs.open(unit.file, "rb") as stream:

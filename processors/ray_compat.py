@@ -8,7 +8,7 @@ turns that off for our functions alone; the setting on the DataContext would cha
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -67,6 +67,13 @@ def to_arrow(batch: DataBatch) -> pa.Table:
 def take_rows(table: pa.Table, indices: list[int]) -> pa.Table:
     """Rows by index; Ray's own, because Arrow's cannot take from tensor columns."""
     return BlockAccessor.for_block(table).take(indices)
+
+
+def finished_blocks(dataset: Dataset) -> Iterator[tuple[ray.ObjectRef, int, int]]:
+    """Run a dataset; yields the reference, rows and bytes of each block as it is finished. No row comes here."""
+    for bundle in dataset.iter_internal_ref_bundles():
+        for ref, metadata in zip(bundle.block_refs, bundle.metadata, strict=True):
+            yield ref, metadata.num_rows or 0, metadata.size_bytes or 0
 
 
 def task_attempt() -> int:

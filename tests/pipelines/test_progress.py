@@ -6,14 +6,16 @@ import io
 import re
 import time
 
+import numpy as np
 import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
 from rayinfer.pipelines import progress as progress_module
+from rayinfer.pipelines.log import CommitLog, Part
 from rayinfer.pipelines.progress import Progress, clock
 from rayinfer.pipelines.report import JobResult, print_report
-from rayinfer.pipelines.sinks import Entry
+from rayinfer.pipelines.store import open_store
 
 STATS = {
     "num_finished": 40, "num_failed": 2, "num_prompt_tokens": 4000, "num_generated_tokens": 800,
@@ -103,9 +105,12 @@ def result_of(**changes) -> JobResult:
         "error_message": None, "finish_reason": "stop",
     }  # fmt: skip
     bad = {**sample, "id": 2, "generated_text": None, "error_type": "PROMPT_TOO_LONG", "error_message": "400 tokens"}
-    entry = Entry("part-1", 10, 4096, "", "", {"PROMPT_TOO_LONG": 1}, 1000, 90, 500, [sample, sample, bad])
+    log = CommitLog(open_store("memory://report"), "0" * 8, 10)
+    log.parts["part-1"] = Part("part-1", 10, 4096, "", "", "", {"PROMPT_TOO_LONG": 1}, 1000, 90, 500)
+    log.done.add(np.arange(10))
     result = JobResult(status="complete", output="/data/out", key_column="id", num_rows_in=10)
-    result.add(entry)
+    result.samples = [sample, sample, bad]
+    result.count(log)
     result.seconds = {"check": 1.0, "start": 2.0, "load": 3.0, "run": 4.0}
     for name, value in changes.items():
         setattr(result, name, value)

@@ -18,10 +18,10 @@ from rich.console import Console
 from rayinfer.errors import ConfigError
 from rayinfer.pipelines import run as run_module
 from rayinfer.pipelines.job import JobSpec
-from rayinfer.pipelines.keys import KeyDigest
 from rayinfer.pipelines.report import JobResult
 from rayinfer.pipelines.run import run_job
 from rayinfer.pipelines.sinks import MARKER
+from rayinfer.pipelines.store import META
 
 WRITERS = {
     "parquet": pq.write_table,
@@ -75,13 +75,12 @@ def test_a_table_goes_in_and_comes_out(tmp_path, local_ray, model_path, job, tab
         spec |= {"prompt": None, "messages": [{"role": "user", "content": "Say: {{ text }}"}]}
     result, shown = run(spec)
     assert (result.status, result.num_rows_in, result.num_ok) == ("complete", 12, 12), result.reason
-    assert result.keys_in == result.keys_out
     out = read_parts(tmp_path / "out", sink).sort_by("id")
     assert result.num_generated_tokens == pa.compute.sum(out["num_generated_tokens"]).as_py() > 12
     assert out.select(table.column_names).cast(table.schema).to_pylist() == table.to_pylist()
     marker = json.loads((tmp_path / "out" / MARKER).read_text())
-    assert {part["name"] for part in marker["parts"]} | {MARKER} == set(os.listdir(tmp_path / "out"))
-    assert (marker["num_ok"], marker["status"], marker["keys_out"]) == (12, "complete", result.keys_in)
+    assert {part["name"] for part in marker["parts"]} | {MARKER, META} == set(os.listdir(tmp_path / "out"))
+    assert (marker["num_ok"], marker["status"]) == (12, "complete")
     assert "12 rows from 1 file " in shown
     begin = "[user]Say: " if sink == "jsonl" else "Say: "
     end = "[bot]" if sink == "jsonl" else ""
@@ -98,7 +97,7 @@ def test_bad_rows_cost_themselves_only(tmp_path, local_ray, job, model_path):
     assert (result.status, result.num_ok, result.num_failed) == ("complete", 3, 4), result.reason
     assert result.errors == {"INVALID_PROMPT": 2, "TEMPLATE_ERROR": 1, "PROMPT_TOO_LONG": 1}
     folder = tmp_path / "out"
-    assert len({str(pq.read_schema(folder / name)) for name in os.listdir(folder) if name != MARKER}) == 1
+    assert len({str(pq.read_schema(folder / name)) for name in os.listdir(folder) if name.startswith("part-")}) == 1
     rows = {row["row_key"]: row for row in read_parts(folder, "parquet").to_pylist()}
     assert sorted(rows) == [f"in.jsonl#{i}" for i in range(7)]
     errors = {key[-1]: row["error_type"] for key, row in rows.items() if row["error_type"]}
@@ -126,29 +125,17 @@ def test_overwrite_replaces_the_earlier_table(tmp_path, local_ray, job, table):
     for name in ("part-old.csv", "part-old.parquet", MARKER):
         (tmp_path / "out" / name).write_text("of an earlier job")
     spec = job({"uri": str(tmp_path / "in.parquet"), "limit": 3}, sink={"uri": str(tmp_path / "out"), "format": "csv"})
-    with pytest.raises(ConfigError, match="a finished job; give --overwrite"):
+    with pytest.raises(ConfigError, match=r"of a job, but no _rayinfer/job.json that says which; give --overwrite"):
         run(spec)
-    assert len(os.listdir(tmp_path / "out")) == 3
-    result, _ = run(spec, overwrite=True)
-    assert result.complete, result.reason
-    assert len(os.listdir(tmp_path / "out")) == 2
-    assert read_parts(tmp_path / "out", "csv")["row_key"].to_pylist() == [f"in.parquet#{i}" for i in range(3)]
-
-
-def test_a_row_or_a_part_that_is_not_there_leaves_the_job_incomplete(tmp_path, job, table):
-    pq.write_table(table, tmp_path / "in.parquet")
-    plan = run_module.prepare(JobSpec.parse(job(tmp_path / "in.parquet")))
-    keys = [f"in.parquet#{i}" for i in range(12)]
-
-    def check(keys: list[str], num_ok: int, parts: dict[str, int]) -> str:
-        digest = KeyDigest()
-        digest.add(keys)
-        return run_module._check(plan, JobResult(num_rows_in=12, num_ok=num_ok), parts, digest)
-
-    assert check(keys, 12, {}) == ""
-    assert "do not add up: 12 in, 11 ok + 0 failed" in check(keys[1:], 11, {})
-    assert "a row was lost and another doubled" in check([*keys[1:], keys[1]], 12, {})
-    assert "the folder must be one that all nodes share" in check(keys, 12, {"part-1.parquet": 5})
+    assert len(list((tmp_path / "out").glob("*.*"))) == 3
+    for prompt in ("Say: {{ text }}", "Tell: {{ text }}"):  # the second replaces a job of ours
+        result, _ = run(spec | {"prompt": prompt}, overwrite=True)
+        assert result.complete, result.reason
+        assert len(list((tmp_path / "out").glob("*.*"))) == 2
+        assert len(list((tmp_path / "out" / META).glob("log-*"))) == 1
+        assert read_parts(tmp_path / "out", "csv")["row_key"].to_pylist() == [f"in.parquet#{i}" for i in range(3)]
+    with pytest.raises(ConfigError, match=r"prompt: 'Tell: {{ text }}' -> 'Say: {{ text }}'"):
+        run(spec)
 
 
 # Refusals: before Ray is started or used, within 30 s (seconds, here).

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.json
@@ -19,19 +20,11 @@ import pytest
 
 from rayinfer.errors import ConfigError
 from rayinfer.pipelines.job import JobSpec, SinkSpec, SourceSpec
-from rayinfer.pipelines.keys import KeyDigest
-from rayinfer.pipelines.sinks import (
-    MARKER,
-    RESULTS,
-    Entry,
-    PartWriter,
-    check_apart,
-    check_sink,
-    clear,
-    output_schema,
-    sweep,
-)
-from rayinfer.pipelines.sources import ReadUnits, take_census
+from rayinfer.pipelines.keys import KeyDigest, unpack_rows
+from rayinfer.pipelines.log import Part
+from rayinfer.pipelines.sinks import MARKER, RESULTS, PartWriter, check_apart, check_sink, output_schema
+from rayinfer.pipelines.sources import ReadUnits, list_source, take_census
+from rayinfer.pipelines.store import META, open_store
 from rayinfer.processors.columns import OUTPUT
 
 READERS = {
@@ -63,8 +56,17 @@ def finished(spec: JobSpec) -> tuple[pa.Table, pa.Schema]:
     return table, output_schema(census, spec)
 
 
-def write(spec: JobSpec, table: pa.Table, schema: pa.Schema) -> Entry:
-    return Entry(**json.loads(PartWriter(spec.sink, schema)(table)["entry"][0].as_py()))
+def write(spec: JobSpec, *blocks: pa.Table, schema: pa.Schema, only: Any = None) -> list[Part]:
+    return PartWriter(open_store(spec.sink.uri), spec.sink.format, schema, "part-x-")(only, *blocks)[0]
+
+
+def written(spec: JobSpec) -> list[Part]:
+    rows, schema = finished(spec)
+    return write(spec, rows, schema=schema)
+
+
+def parts_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.name != META)
 
 
 @pytest.mark.parametrize("sink", list(READERS))
@@ -79,9 +81,10 @@ def test_every_source_into_every_sink(tmp_path, table, source, sink):
         path.write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
     spec = spec_of(path, {"uri": str(tmp_path / "out"), "format": sink})
     rows, schema = finished(spec)
-    entry = write(spec, rows, schema)
-    (part,) = (tmp_path / "out").iterdir()
-    out = READERS[sink](part)
+    good, bad = write(spec, rows, schema=schema)
+    outs = [READERS[sink](tmp_path / "out" / part.name) for part in (good, bad)]
+    assert all(out["error_type"].null_count == (8, 0)[i] or sink == "csv" for i, out in enumerate(outs))
+    out = pa.concat_tables(outs, promote_options="permissive").sort_by("id")
     assert out.column_names == ["row_key", *table.column_names, *RESULTS]
     # The input, by pyarrow's own reading of the part, is what went in; ids above 2^53 too.
     assert out.select(table.column_names).cast(table.schema).to_pylist() == table.to_pylist()
@@ -89,31 +92,45 @@ def test_every_source_into_every_sink(tmp_path, table, source, sink):
     texts = [None if i % 3 == 0 else f'a "{i}",\nü' for i in range(12)]
     if sink == "csv":  # pyarrow reads an empty field of a string column as "", null or not
         texts = [text or "" for text in texts]
-    assert out["generated_text"].to_pylist() == texts
+    assert [text or ("" if sink == "csv" else None) for text in out["generated_text"].to_pylist()] == texts
     assert out["error_type"].to_pylist().count("TEMPLATE_ERROR") == 4
     assert out["num_generated_tokens"].to_pylist() == [None if i % 3 == 0 else 2 for i in range(12)]
 
-    digest = KeyDigest()
-    digest.add([f"in.{source}#{i}" for i in range(12)])
-    data = part.read_bytes()
-    assert entry.name == part.name == f"part-{hashlib.sha256(data).hexdigest()[:32]}.{sink}"
-    assert (entry.num_rows, entry.errors) == (12, {"TEMPLATE_ERROR": 4})
-    assert (entry.num_input_tokens, entry.num_generated_tokens, entry.num_cached_tokens) == (40, 16, 8)
-    assert (entry.num_bytes, entry.sha256) == (len(data), hashlib.sha256(data).hexdigest())
-    assert entry.keys == digest.hex()
-    assert {row["error_type"] for row in entry.samples} == {None, "TEMPLATE_ERROR"}
+    assert [(part.num_rows, part.errors) for part in (good, bad)] == [(8, {}), (4, {"TEMPLATE_ERROR": 4})]
+    assert (good.num_input_tokens, good.num_generated_tokens, good.num_cached_tokens) == (40, 16, 8)
+    for part, numbers in ((good, [i for i in range(12) if i % 3]), (bad, [0, 3, 6, 9])):
+        digest = KeyDigest()
+        digest.add([f"in.{source}#{i}" for i in numbers])
+        data = (tmp_path / "out" / part.name).read_bytes()
+        assert part.name == f"part-x-{hashlib.sha256(data).hexdigest()[:24]}.{sink}"
+        assert (part.num_bytes, part.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+        assert part.keys == digest.hex()
+        assert unpack_rows(part.rows).tolist() == numbers
 
 
 def test_the_same_rows_are_the_same_part_and_all_parts_have_one_schema(tmp_path, table):
     pq.write_table(table, tmp_path / "in.parquet")
     spec = spec_of(tmp_path / "in.parquet", tmp_path / "out")
     rows, schema = finished(spec)
-    names = {write(spec, rows.slice(start, 4), schema).name for start in (0, 4, 8, 0, 8)}
-    assert names == set(os.listdir(tmp_path / "out"))
-    assert len(names) == 3
-    assert write(spec, rows.filter(pa.compute.is_valid(rows["error_type"])), schema).errors == {"TEMPLATE_ERROR": 4}
-    schemas = {str(pq.read_schema(tmp_path / "out" / name)) for name in os.listdir(tmp_path / "out")}
-    assert len(schemas) == 1
+    names = {part.name for start in (0, 4, 8, 0, 8) for part in write(spec, rows.slice(start, 4), schema=schema)}
+    assert names == {path.name for path in parts_in(tmp_path / "out")}
+    assert len(names) == 6  # three times good ones and failed ones
+    assert len({str(pq.read_schema(path)) for path in parts_in(tmp_path / "out")}) == 1
+    # The rows decide, not the blocks that they come in, nor how often they come.
+    whole = write(spec, rows, schema=schema)
+    pieces = [rows.slice(5, 7), rows.slice(0, 8), rows.slice(3, 2)]
+    assert write(spec, *pieces, schema=schema) == whole
+    some = write(spec, rows, rows, schema=schema, only=np.array([1, 2, 3, 7]))
+    assert [unpack_rows(part.rows).tolist() for part in some] == [[1, 2, 7], [3]]
+
+
+def test_a_replayed_row_has_one_more_attempt(tmp_path, table):
+    pq.write_table(table, tmp_path / "in.parquet")
+    spec = spec_of(tmp_path / "in.parquet", tmp_path / "out")
+    rows, schema = finished(spec)
+    writer = PartWriter(open_store(spec.sink.uri), "parquet", schema, "part-x-", num_replays=2)
+    _, bad = writer(None, rows)[0]
+    assert pq.read_table(tmp_path / "out" / bad.name)["attempts"].to_pylist() == [2, 2, 2, 2]
 
 
 def test_types_that_json_and_csv_have_not(tmp_path):
@@ -125,8 +142,8 @@ def test_types_that_json_and_csv_have_not(tmp_path):
     }
     pq.write_table(pa.table(kinds), tmp_path / "in.parquet")
     spec = spec_of(tmp_path / "in.parquet", {"uri": str(tmp_path / "out"), "format": "jsonl"})
-    write(spec, *finished(spec))
-    (part,) = (tmp_path / "out").iterdir()
+    written(spec)
+    (part,) = parts_in(tmp_path / "out")
     row = json.loads(part.read_text())
     assert [row[key] for key in kinds] == ["2024-01-02 03:04:05", "1.10", None, ["a", "b"]]
     spec = spec_of(tmp_path / "in.parquet", {"uri": str(tmp_path / "csv"), "format": "csv"})
@@ -135,8 +152,8 @@ def test_types_that_json_and_csv_have_not(tmp_path):
     spec = spec_of(
         tmp_path / "in.parquet", {"uri": str(tmp_path / "csv"), "format": "csv", "columns": ["money", "when"]}
     )
-    write(spec, *finished(spec))
-    (part,) = (tmp_path / "csv").iterdir()
+    written(spec)
+    (part,) = parts_in(tmp_path / "csv")
     assert READERS["csv"](part).select(["money", "when"]).to_pylist() == [
         {"money": 1.1, "when": dt.datetime(2024, 1, 2, 3, 4, 5)}
     ]
@@ -159,7 +176,7 @@ def test_kept_columns_and_name_clashes(tmp_path):
     with pytest.raises(ConfigError, match=r"sink.columns: 'txt' is not read from the source; did you mean 'text'\?"):
         finished(spec_of(uri, {"uri": "o", "columns": ["txt"]}))
     spec = spec_of({**uri, "id_column": "id"}, {"uri": str(tmp_path / "out"), "columns": ["row_key", "prompt"]})
-    write(spec, *finished(spec))
+    written(spec)
     (out,) = pq.read_table(tmp_path / "out").to_pylist()
     assert {key: out[key] for key in ("id", "row_key", "prompt", "error_type")} == {
         "id": "a", "row_key": "k", "prompt": "p", "error_type": "TEMPLATE_ERROR",
@@ -170,25 +187,18 @@ def test_kept_columns_and_name_clashes(tmp_path):
 def test_a_store_that_is_not_local(tmp_path, table):
     pq.write_table(table, tmp_path / "in.parquet")
     spec = spec_of(tmp_path / "in.parquet", "memory://bucket/out")
-    entry = write(spec, *finished(spec))
-    fs = fsspec.filesystem("memory")
-    assert [info["name"] for info in fs.ls("/bucket/out", detail=True)] == [f"/bucket/out/{entry.name}"]
-    fs.pipe("/bucket/out/part-orphan.parquet", b"left by a task that ran twice")
-    assert sweep(spec.sink, {entry.name: entry.num_bytes, "part-lost": 1}) == ["part-lost"]
-    assert sweep(spec.sink, {entry.name: entry.num_bytes - 1}) == [entry.name]
-    assert fs.ls("/bucket/out", detail=False) == [f"/bucket/out/{entry.name}"]
+    parts = written(spec)
+    infos = fsspec.filesystem("memory").ls("/bucket/out", detail=True)
+    assert {info["name"]: info["size"] for info in infos} == {f"/bucket/out/{p.name}": p.num_bytes for p in parts}
 
 
 def test_a_failed_write_leaves_nothing(tmp_path, table, monkeypatch):
     pq.write_table(table, tmp_path / "in.parquet")
     spec = spec_of(tmp_path / "in.parquet", tmp_path / "out")
-    rows, schema = finished(spec)
-    (tmp_path / "out").mkdir()
-    local = type(fsspec.filesystem("file"))
-    monkeypatch.setattr(local, "mv", lambda *args, **kwargs: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr(os, "replace", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(OSError, match="No space left"):
-        write(spec, rows, schema)
-    assert os.listdir(tmp_path / "out") == []
+        written(spec)
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == []
 
 
 def sink_of(path: Path | str) -> SinkSpec:
@@ -197,18 +207,14 @@ def sink_of(path: Path | str) -> SinkSpec:
 
 def test_rules_of_the_output_folder(tmp_path):
     out = tmp_path / "a" / "out"
-    assert check_sink(sink_of(out), overwrite=False) == []
-    assert os.listdir(out) == []  # made, and the probe is gone
+    check_sink(sink_of(out), overwrite=False)
+    assert [path for path in out.rglob("*") if path.is_file()] == []  # made, and the probe is gone
     (out / "part-1.parquet").touch()
-    with pytest.raises(ConfigError, match=r"holds 1 file\(s\) of an unfinished job; give --overwrite or name another"):
+    with pytest.raises(ConfigError, match=r"holds 'part-1.parquet' of a job, but no _rayinfer/job.json .*--overwrite"):
         check_sink(sink_of(out), overwrite=False)
     (out / MARKER).touch()
-    with pytest.raises(ConfigError, match=r"holds 2 file\(s\) of a finished job"):
-        check_sink(sink_of(out), overwrite=False)
-    old = check_sink(sink_of(out), overwrite=True)
-    assert sorted(os.listdir(out)) == sorted(old)  # checking removes nothing
-    clear(sink_of(out), old)
-    assert os.listdir(out) == []
+    check_sink(sink_of(out), overwrite=True)
+    assert [path.name for path in parts_in(out)] == [MARKER, "part-1.parquet"]  # checking removes nothing
     (out / "diary.txt").touch()
     with pytest.raises(ConfigError, match=r"holds 'diary.txt', which no job wrote"):
         check_sink(sink_of(out), overwrite=True)
@@ -218,6 +224,14 @@ def test_rules_of_the_output_folder(tmp_path):
         check_sink(sink_of("memory://out"), overwrite=False)
     with pytest.raises(ConfigError, match=r"uri = 'nosuch://x'"):
         check_sink(sink_of("nosuch://x"), overwrite=False)
+    with pytest.raises(ConfigError, match="no put-if-absent is known for simplecache"):
+        check_sink(sink_of("simplecache::memory://out"), overwrite=False)
+
+
+def test_a_store_that_does_not_keep_put_if_absent_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", os.replace)
+    with pytest.raises(ConfigError, match="does not keep put-if-absent"):
+        check_sink(sink_of(tmp_path / "out"), overwrite=False)
 
 
 def test_source_and_output_never_share_a_folder(tmp_path, table):
@@ -225,10 +239,10 @@ def test_source_and_output_never_share_a_folder(tmp_path, table):
         (tmp_path / name).parent.mkdir()
         pq.write_table(table, tmp_path / name)
     for source, sink in (("in", "in/sub"), ("in", "in"), ("out/*.parquet", "out"), ("out/part-1.parquet", "out")):
-        census = take_census(SourceSpec(uri=str(tmp_path / source)))
+        spec = SourceSpec(uri=str(tmp_path / source))
         with pytest.raises(ConfigError, match="source and output share a folder"):
-            check_apart(sink_of(tmp_path / sink), census)
-        check_apart(sink_of(tmp_path / f"{source}-2"), census)
+            check_apart(sink_of(tmp_path / sink), spec, list_source(spec))
+        check_apart(sink_of(tmp_path / f"{source}-2"), spec, list_source(spec))
 
 
 def test_a_folder_without_write_permission(tmp_path):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,17 +18,18 @@ import pytest
 from rayinfer.errors import ConfigError
 from rayinfer.pipelines import sources
 from rayinfer.pipelines.job import SourceSpec
-from rayinfer.pipelines.keys import KeyDigest
-from rayinfer.pipelines.sources import KEY, SOURCE, SOURCE_ERROR, Census, ReadUnits, take_census
+from rayinfer.pipelines.keys import KeyDigest, RowSet, pack_rows, unpack_rows
+from rayinfer.pipelines.sources import KEY, NUMBER, SOURCE, SOURCE_ERROR, Census, ReadUnits, Unit, take_census
 
 
 def census_of(uri: Any, **kwargs: Any) -> Census:
     return take_census(SourceSpec(uri=str(uri), **kwargs))
 
 
-def read_all(census: Census) -> pa.Table:
-    """All rows, as the read tasks give them to Ray."""
-    return pa.concat_tables(ReadUnits(census)(pa.Table.from_pylist([unit.__dict__ for unit in census.units])))
+def read_all(census: Census, units: list[Unit] | None = None) -> pa.Table:
+    """The rows of units, by default all, as the read tasks give them to Ray."""
+    units = census.units if units is None else units
+    return pa.concat_tables(ReadUnits(census)(pa.Table.from_pylist([unit.__dict__ for unit in units])))
 
 
 def rows_of(table: pa.Table) -> list[dict[str, Any]]:
@@ -57,6 +60,7 @@ def check_same(census: Census, expected: list[dict[str, Any]]) -> None:
     assert census.num_rows == len(expected)
     assert table[SOURCE_ERROR].null_count == len(expected)
     assert len(set(table[KEY].to_pylist())) == len(expected)
+    assert table[NUMBER].to_pylist() == list(range(len(expected)))
     digest = KeyDigest()
     digest.add(table[KEY].to_pylist())
     assert digest == census.key_digest()
@@ -82,6 +86,31 @@ def test_small_row_groups_share_a_read_task(tmp_path, rows, monkeypatch):
     census = census_of(tmp_path, limit=670)
     assert [unit.num_rows for unit in census.units] == [90] * 5 + [200, 20]
     check_same(census, rows[:670])
+
+
+@pytest.mark.parametrize("format", ["parquet", "jsonl", "csv"])
+def test_only_the_rows_that_are_not_done_are_read(tmp_path, rows, format, monkeypatch):
+    monkeypatch.setattr(sources, "UNIT_ROWS", 500)
+    for name, some in (("a", rows[:1700]), ("b", rows[1700:])):
+        path = tmp_path / f"{name}.{format}"
+        if format == "parquet":
+            pq.write_table(pa.Table.from_pylist(some), path, row_group_size=300)
+        else:
+            {"jsonl": write_jsonl, "csv": write_csv}[format](path, some)
+    counted = census_of(tmp_path, limit=2900)
+    census = Census.unpack(counted.spec, json.loads(json.dumps(counted.pack())))
+    assert (census.units, census.schema, census.key_digest()) == (counted.units, counted.schema, counted.key_digest())
+    done = RowSet(2900)
+    finished = [*range(600), 650, 652, *range(1699, 1702), *range(2000, 2890)]
+    done.add(np.array(finished))
+    left = census.units_left(done)
+    numbers = sorted(set(range(2900)) - set(finished))
+    table = read_all(census, left)
+    assert table[NUMBER].to_pylist() == numbers
+    whole = read_all(census)
+    assert table.to_pylist() == whole.take(pa.array(numbers)).to_pylist()
+    if format == "parquet":  # row groups that are done are not read
+        assert {unit.first_number for unit in left} == {u.first_number for u in census.units} - {0, 300, 2000, 2300}
 
 
 def test_folders_globs_hive_and_compression(tmp_path, rows):
@@ -256,9 +285,27 @@ def test_a_duplicate_far_away_and_a_hash_collision(monkeypatch):
         def add(self, keys):
             return super().add(keys) % 7
 
+    few = [["a", "b", "c"], ["d", "e", "f", "g", "h", "i"]]
     monkeypatch.setattr(keys, "KeyDigest", Colliding)
-    assert keys.find_duplicate(lambda: iter(batches), Colliding()) is None
-    assert keys.find_duplicate(lambda: iter([*batches, ["17"]]), Colliding()) == "17"
+    assert keys.find_duplicate(lambda: iter(few), Colliding()) is None
+    assert keys.find_duplicate(lambda: iter([*few, ["e"]]), Colliding()) == "e"
+    assert keys.find_duplicate(lambda: iter([["x"] * 5000]), Colliding()) == "x"
+
+
+@pytest.mark.parametrize("num_rows", [1, 7, 8, 9, 1000])
+def test_row_numbers_against_python_sets(num_rows):
+    rng = random.Random(num_rows)
+    for _ in range(50):
+        chosen = sorted(rng.sample(range(num_rows), rng.randint(0, num_rows)))
+        rows = np.array(chosen, np.int64)
+        assert unpack_rows(pack_rows(rows)).tolist() == chosen
+        done = RowSet(num_rows)
+        done.add(rows)
+        start, stop = sorted((rng.randint(0, num_rows), rng.randint(0, num_rows)))
+        assert done.missing(start, stop).tolist() == sorted(set(range(start, stop)) - set(chosen))
+        done.discard(rows[::2])
+        assert np.flatnonzero(done.has(np.arange(num_rows))).tolist() == chosen[1::2]
+        assert done.count == len(chosen[1::2])
 
 
 def test_digest_tells_lost_and_doubled_apart():

@@ -1,0 +1,166 @@
+"""What makes a job the same job: `_rayinfer/job.json` says it, and a run that differs in one field is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import uuid
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rayinfer.errors import ConfigError
+from rayinfer.pipelines.job import JobSpec, resolve_uri
+from rayinfer.pipelines.log import part_ids
+from rayinfer.pipelines.sources import Census, Listing
+from rayinfer.pipelines.store import META, Store, claim, open_store
+
+JOB = f"{META}/job.json"
+FORMAT = 1  # of log and parts; a version that writes rows in another way has another number
+MAX_SHOWN = 8
+_SHOWN_CHARS = 60
+
+# How a replica works, not what it answers: a job may go on with more memory or on another machine.
+_FREE = {"device", "max_num_seqs", "max_num_batched_tokens", "block_size", "gpu_memory_utilization", "num_threads"} | {
+    *("num_gpu_blocks_override", "cpu_kv_cache_gib", "enable_prefix_caching", "prefill_backend", "decode_backend"),
+    *("fuse", "enforce_eager"),
+}
+_WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx")
+_HASHED_BYTES = 2**20  # of a .gguf file, whose head holds the configuration and the tokenizer
+
+
+def fingerprint(spec: JobSpec, listing: Listing) -> dict[str, Any]:
+    """Field by field, what the rows of the output depend on; fields that have their default are left out."""
+    source = spec.source.model_dump(exclude_defaults=True) | {"uri": bare_uri(spec.source.uri)}
+    engine = spec.model.model_dump(exclude_defaults=True, exclude=_FREE)
+    tree: dict[str, Any] = {
+        "format": FORMAT,
+        "source": source | {"files": {name: f"{size:,} bytes, {tag}" for name, (size, tag) in listing.tags.items()}},
+        "prompt": spec.prompt,
+        "messages": [message.model_dump() for message in spec.messages or ()],
+        "model": engine | {"files": _model_files(spec.model.model)},
+        "sampling": spec.sampling.model_dump(exclude_defaults=True),
+        "sink": spec.sink.model_dump(exclude_defaults=True, include={"format", "columns"}),
+    }
+    if spec.model.tokenizer is not None:
+        tree["tokenizer"] = {"files": _model_files(spec.model.tokenizer)}
+    return dict(_flat("", tree))
+
+
+def _flat(place: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        value = {str(i): item for i, item in enumerate(value)}
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _flat(f"{place}.{key}" if place else str(key), item)
+    elif value is not None and value != []:
+        yield place, json.loads(json.dumps(value, default=str))
+
+
+def _model_files(source: str) -> dict[str, str]:
+    """Sizes of a local model's weight files, hashes of its other files. A hub id's files are its revision's."""
+    path = Path(source).expanduser()
+    files = [path] if path.is_file() else sorted(file for file in path.glob("*") if file.is_file())
+    told = {}
+    for file in files:
+        with file.open("rb") as stream:
+            weights = file.suffix in _WEIGHTS
+            head = stream.read(_HASHED_BYTES) if file.suffix == ".gguf" else b"" if weights else stream.read()
+        told[file.name] = f"{os.path.getsize(file):,} bytes"
+        told[file.name] += f", sha256 {hashlib.sha256(head).hexdigest()[:16]}" if head else ""
+    return told
+
+
+def bare_uri(uri: str) -> str:
+    """A URI without user, password and query, in which credentials travel."""
+    return re.sub(r"://[^/@]*@", "://", uri).partition("?")[0] if "://" in uri else uri
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """A line for each field that differs, with both values."""
+    names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+    lines = [
+        f"{name}: {_show(old.get(name), new.get(name))} -> {_show(new.get(name), old.get(name))}" for name in names
+    ]
+    return lines[:MAX_SHOWN] + ([f"and {len(lines) - MAX_SHOWN} more"] if len(lines) > MAX_SHOWN else [])
+
+
+def _show(value: Any, other: Any) -> str:
+    if value is None:
+        return "nothing"
+    text = value if isinstance(value, str) else json.dumps(value)
+    if len(text) > _SHOWN_CHARS and isinstance(other, str):  # from where they begin to differ
+        same = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), 0)
+        text = "..." * (same > 10) + text[max(same - 10, 0) :]
+    return repr(text if len(text) <= _SHOWN_CHARS else text[:_SHOWN_CHARS] + "...")
+
+
+def read_job(store: Store) -> dict[str, Any] | None:
+    """The job that the folder holds, or None.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    try:
+        job = json.loads(store.read(JOB))
+        if {"id", "fingerprint", "census", "replaces"} <= set(job):
+            return job
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        pass
+    raise ConfigError(f"{JOB} is damaged; start afresh with --overwrite, or name another folder")
+
+
+def check_same(job: dict[str, Any], new: dict[str, Any], uri: str) -> None:
+    """Raise ConfigError, naming what differs, unless `new` is the fingerprint of the job that is there."""
+    lines = differences(job["fingerprint"], new)
+    if lines:
+        raise ConfigError(
+            "\n".join(
+                [
+                    f"sink.uri = {bare_uri(uri)!r} holds another job; what was there -> what is asked for:",
+                    *(f"  {line}" for line in lines),
+                    "give --overwrite to replace that table, or name another folder",
+                ]
+            )
+        )
+
+
+def claim_job(store: Store, spec: JobSpec, fingerprint: dict[str, Any], census: Census) -> dict[str, Any]:
+    """Make `job.json` if there is none; returns the one that is there then."""
+    logs = {name.removeprefix("log-").rstrip("/") for name in store.sizes(META) if name.startswith("log-")}
+    public = spec.model_dump(mode="json", exclude_unset=True)
+    for part in ("source", "sink"):
+        public[part]["uri"] = bare_uri(public[part]["uri"])
+    job = {
+        "id": uuid.uuid4().hex[:8],
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "replaces": sorted(part_ids(store.sizes()) | logs),
+        "fingerprint": fingerprint,
+        "job": public,
+        "census": census.pack(),
+    }
+    if claim(store, JOB, json.dumps(job).encode()):
+        return job
+    there = read_job(store)
+    if there is None:
+        raise RuntimeError(f"{JOB} was made and removed by another driver; run the same command again")
+    check_same(there, fingerprint, spec.sink.uri)
+    return there
+
+
+def recall_job(uri: str) -> JobSpec:
+    """The job whose output is at `uri`, as its `job.json` has it.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    uri = resolve_uri(uri, ".")
+    job = read_job(open_store(uri))
+    if job is None:
+        raise ConfigError(f"{uri!r}: no {JOB} there, so no output of a job")
+    return JobSpec.parse({**job["job"], "sink": {**job["job"]["sink"], "uri": uri}}, place=JOB)

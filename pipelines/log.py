@@ -1,0 +1,214 @@
+"""The commit log: which parts are the table. A row is done when an entry names its part.
+
+Entry k is the file `_rayinfer/log-<job>/<k>.json`, made by put-if-absent and never changed, so of two drivers that have
+both seen the entries before k only one appends k; the other stops. That gives three rules:
+
+- A driver begins with an entry of its own. Whoever wrote before it cannot append any more, knowing less than it must.
+- A part's name holds the job and the number of its driver's first entry (the epoch). A driver removes parts that no
+  entry names only of its own epoch and of earlier ones, whose drivers cannot name them any more.
+- An entry whose rows are all new is appended; `done` tells which are.
+
+Nothing else is needed for a driver to die at any point: entries are the truth, and other parts are garbage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import socket
+import uuid
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any, NoReturn
+
+import psutil
+
+from rayinfer.errors import ConfigError
+from rayinfer.pipelines.keys import KeyDigest, RowSet, unpack_rows
+from rayinfer.pipelines.store import META, Store, claim
+
+PART_PREFIX = "part-"
+LEASE = f"{META}/driver.json"
+_READ_AT_ONCE = 1000
+_PART_NAME = re.compile(rf"{PART_PREFIX}([0-9a-f]{{8}})-([0-9]{{6}})-")
+
+
+class OutputTakenError(RuntimeError):
+    """Another driver is writing to this output; this one has stopped and changed nothing since."""
+
+
+@dataclass
+class Part:
+    """One file of the table. Its rows stand in the order of their numbers."""
+
+    name: str
+    num_rows: int
+    num_bytes: int
+    sha256: str
+    keys: str  # hex of the KeyDigest
+    rows: str  # numbers of its rows, see keys.pack_rows
+    errors: dict[str, int]
+    num_input_tokens: int
+    num_generated_tokens: int
+    num_cached_tokens: int
+
+
+class CommitLog:
+    """The entries of one job, and what they add up to.
+
+    Memory: a bit a row, and about 1 KB a part.
+
+    Raises:
+        ConfigError: from `load`, an entry is missing or damaged.
+        OutputTakenError: from `start`, `commit`, `replay` and `end`.
+    """
+
+    def __init__(self, store: Store, job_id: str, num_rows: int):
+        self.store, self.job_id = store, job_id
+        self.folder = f"{META}/log-{job_id}"
+        self.done = RowSet(num_rows)
+        self.parts: dict[str, Part] = {}
+        self.length = self.num_replays = 0
+        self.epoch = -1
+        self._driver = uuid.uuid4().hex
+
+    def load(self) -> None:
+        """Read the entries that are there."""
+        names = sorted(name for name in self.store.sizes(self.folder) if not name.endswith("/"))
+        for k in range(0, len(names), _READ_AT_ONCE):
+            some = [self._name(i) for i in range(k, min(k + _READ_AT_ONCE, len(names)))]
+            try:
+                for data in self.store.read_all(some):
+                    self._apply(json.loads(data))
+            except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+                raise ConfigError(
+                    f"{self._name(self.length)}: the log's entry is missing or damaged ({error}); "
+                    "start afresh with --overwrite, or name another folder"
+                ) from None
+
+    @property
+    def num_missing(self) -> int:
+        return self.done.num_rows - self.done.count
+
+    @property
+    def part_prefix(self) -> str:
+        """What the names of this driver's parts begin with."""
+        return f"{PART_PREFIX}{self.job_id}-{self.epoch:06d}-"
+
+    def digest(self) -> KeyDigest:
+        """Of the keys of all rows that are done."""
+        total = KeyDigest()
+        for part in self.parts.values():
+            total.merge(KeyDigest.of(part.num_rows, part.keys))
+        return total
+
+    def start(self) -> None:
+        """Make this driver the only one that can append."""
+        epoch = self.length
+        self._append("start")
+        self.epoch = epoch
+
+    def commit(self, parts: Iterable[Part]) -> None:
+        """Add parts with rows that are not done. Raises FileNotFoundError if the driver does not see them."""
+        parts = list(parts)
+        for part in parts:
+            if self.store.size(part.name) != part.num_bytes:
+                if self.store.size(self._name(self.length)) is not None:
+                    self._taken()  # and so it was garbage
+                raise FileNotFoundError(
+                    f"{part.name}: a worker wrote it, but it is not in the output as the driver sees it; the folder "
+                    "must be one that all nodes share"
+                )
+        self._append("commit", add=parts)
+
+    def replay(self) -> int:
+        """Take the parts of failed rows out; returns how many rows are missing then that were done."""
+        failed = [name for name, part in self.parts.items() if part.errors]
+        before = self.num_missing
+        if failed:
+            self._append("replay", remove=failed)
+        return self.num_missing - before
+
+    def end(self) -> None:
+        """Say that all is done."""
+        self._append("end")
+
+    def garbage(self) -> list[str]:
+        """Parts that no entry names, and that none can name any more."""
+        return [name for name in self.store.sizes() if name not in self.parts and self._is_old(name)]
+
+    def strays(self) -> list[str]:
+        """Parts that no entry names: of a driver that is at work, or garbage."""
+        return [name for name in self.store.sizes() if name.startswith(PART_PREFIX) and name not in self.parts]
+
+    def _is_old(self, name: str) -> bool:
+        match = _PART_NAME.match(name)
+        return match is not None and match[1] == self.job_id and int(match[2]) <= self.epoch
+
+    def _name(self, number: int) -> str:
+        return f"{self.folder}/{number:08d}.json"
+
+    def _append(self, kind: str, add: Iterable[Part] = (), remove: Iterable[str] = ()) -> None:
+        at = datetime.now(UTC).isoformat(timespec="seconds")
+        entry = {"kind": kind, "driver": self._driver, "number": self.length, "at": at}
+        entry |= {"add": [asdict(part) for part in add], "remove": list(remove)}
+        if not claim(self.store, self._name(self.length), json.dumps(entry).encode()):
+            self._taken()
+        self._apply(entry)
+
+    def _taken(self) -> NoReturn:
+        name = self._name(self.length)
+        raise OutputTakenError(f"another driver is writing to this output (it made {name}); this one has stopped")
+
+    def _apply(self, entry: dict[str, Any]) -> None:
+        if entry["number"] != self.length:
+            raise ValueError(f"it says number {entry['number']}")
+        for name in entry["remove"]:
+            self.done.discard(unpack_rows(self.parts.pop(name).rows))
+        for part in (Part(**fields) for fields in entry["add"]):
+            rows = unpack_rows(part.rows)
+            if len(rows) != part.num_rows or self.done.has(rows).any():
+                raise ValueError(f"rows of {part.name} are there twice")
+            self.done.add(rows)
+            # Row numbers are needed again only to take failed rows out.
+            self.parts[part.name] = part if part.errors else Part(**{**asdict(part), "rows": ""})
+        self.num_replays += entry["kind"] == "replay"
+        self.length += 1
+
+
+def part_ids(names: Iterable[str]) -> set[str]:
+    """Ids of the jobs that wrote these parts."""
+    return {match[1] for match in map(_PART_NAME.match, names) if match}
+
+
+class Lease:
+    """Says which process is at work, so that a second one on this machine stops instead of ending the first.
+
+    It is a courtesy; what keeps the table exact is the log. Of a process elsewhere nobody can say whether it lives: the
+    new driver takes over, and the old one stops at its next commit.
+    """
+
+    def __init__(self, store: Store):
+        self._store = store
+        self._me = {"host": socket.gethostname(), "pid": os.getpid(), "since": psutil.Process().create_time()}
+
+    def check(self) -> None:
+        """Raises OutputTakenError if a driver lives on this machine."""
+        try:
+            holder = json.loads(self._store.read(LEASE))
+            since = psutil.Process(holder["pid"]).create_time() if holder["host"] == self._me["host"] else 0.0
+        except (OSError, ValueError, KeyError, TypeError, psutil.Error):
+            return
+        if since == holder["since"]:
+            raise OutputTakenError(f"another driver is writing to this output: process {holder['pid']} of this machine")
+
+    def __enter__(self) -> None:
+        self._store.put(LEASE, json.dumps(self._me).encode())
+
+    def __exit__(self, *exc: object) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            if json.loads(self._store.read(LEASE)) == self._me:
+                self._store.remove([LEASE])

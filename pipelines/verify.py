@@ -1,0 +1,108 @@
+"""`rayinfer verify`: prove from the files alone that the table has every row of the source once."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rayinfer.errors import ConfigError
+from rayinfer.pipelines.identity import JOB, read_job
+from rayinfer.pipelines.keys import KeyDigest, find_duplicate
+from rayinfer.pipelines.log import CommitLog, Part
+from rayinfer.pipelines.sinks import MARKER
+from rayinfer.pipelines.sources import CHUNK_ROWS, KEY
+from rayinfer.pipelines.store import Store, open_store
+from rayinfer.pipelines.textfiles import read_chunks
+
+MAX_TOLD = 5  # problems of one kind
+
+
+def verify(uri: str) -> tuple[list[tuple[str, str]], list[str]]:
+    """Read the log and every part of an output; returns (name, value) facts, and what is wrong.
+
+    Memory: a bit a row and one part; hashes of the keys go to temporary files.
+
+    Raises:
+        ConfigError: no job's output, or its log cannot be read.
+    """
+    store = open_store(uri)
+    job = read_job(store)
+    if job is None:
+        raise ConfigError(f"{uri!r}: no {JOB} there, so no output of a job")
+    census = job["census"]
+    log = CommitLog(store, job["id"], census["num_rows"])
+    log.load()
+    check = _PartCheck(store, job["fingerprint"].get("source.id_column", KEY))
+    parts = list(log.parts.values())
+    digest = KeyDigest()
+    duplicate = find_duplicate(lambda: (check.keys(part) for part in parts), digest)
+    wrong = check.wrong[:MAX_TOLD]
+    errors = sum((Counter(part.errors) for part in parts), Counter())
+    failed = errors.total()
+    if log.num_missing:
+        wrong.append(f"{log.num_missing:,} of {census['num_rows']:,} rows are not done; run the job again")
+    elif digest != KeyDigest.of(census["num_rows"], census["keys"]):
+        wrong.append("the keys of the table are not those of the source")
+    if duplicate is not None:
+        wrong.append(f"key {duplicate!r} is there more than once")
+    if strays := log.strays():
+        wrong.append(f"{len(strays)} part file(s) are not in the log, and none may read them (first: {strays[0]})")
+    if not log.num_missing and MARKER not in store.sizes():
+        wrong.append(f"all rows are done, but {MARKER} is missing; run the job again, it ends at once")
+    facts = [
+        ("rows", f"{census['num_rows']:,} in, {log.done.count - failed:,} ok + {failed:,} failed"),
+        *(("", f"{name}: {count:,}") for name, count in errors.most_common()),
+        ("keys", f"{digest.count:,} read, {'one or more' if duplicate is not None else 'none'} twice"),
+        ("parts", f"{len(parts) - check.num_bad:,} of {len(parts):,} as they were written (bytes, sha256, rows, keys)"),
+        ("log", f"{log.length:,} entries, {log.num_replays} replays"),
+    ]
+    return facts, wrong
+
+
+class _PartCheck:
+    """Reads parts and compares them with what the log says of them."""
+
+    def __init__(self, store: Store, key_column: str):
+        self._store, self._key_column = store, key_column
+        self._checked: set[str] = set()
+        self.wrong: list[str] = []
+        self.num_bad = 0
+
+    def keys(self, part: Part) -> list[str]:
+        """The part's keys. What is wrong with it is noted at the first call for it."""
+        keys, errors, problem = [], Counter[str](), ""
+        try:
+            data = self._store.read(part.name)
+            if hashlib.sha256(data).hexdigest() != part.sha256:
+                problem = f"its bytes were changed ({part.num_bytes:,} written, {len(data):,} there)"
+            for some, failed in self._read(part.name, data):
+                keys += some
+                errors.update(failed)
+            digest = KeyDigest()
+            digest.add(keys)
+            if (digest.count, digest.hex(), dict(errors)) != (part.num_rows, part.keys, part.errors):
+                problem = problem or "its rows are not those that the log counts"
+        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+            problem = f"it cannot be read: {type(error).__name__}"
+        if problem and part.name not in self._checked:
+            self.wrong.append(f"{part.name}: {problem}")
+            self.num_bad += 1
+        self._checked.add(part.name)
+        return keys
+
+    def _read(self, name: str, data: bytes) -> Iterator[tuple[list[str], list[str]]]:
+        """Keys and error types, some rows at a time."""
+        if name.endswith(".parquet"):
+            table = pq.read_table(io.BytesIO(data), columns=[self._key_column, "error_type"])
+            yield table[self._key_column].cast(pa.string()).to_pylist(), table["error_type"].drop_null().to_pylist()
+            return
+        path = f"{self._store.folder}/{name}"
+        chunks: Iterator[Any] = read_chunks(self._store.fs, path, name.rpartition(".")[2], CHUNK_ROWS)
+        for columns, _ in chunks:
+            yield [str(key) for key in columns[self._key_column]], [value for value in columns["error_type"] if value]
