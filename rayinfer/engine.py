@@ -85,6 +85,7 @@ class Engine:
         num_blocks = num_kv_blocks(config, self.runner, self.max_num_seqs, self.max_num_batched_tokens)
         self._fit_model_len((num_blocks - 1) * config.block_size)
         self.runner.allocate(num_blocks)
+        self.runner.capture_graphs()
         self.pool = BlockPool(num_blocks, config.block_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(self.pool, self.max_num_seqs, self.max_num_batched_tokens)
         self.stats = EngineStats()

@@ -1,4 +1,4 @@
-"""CUDA graphs of whole decode steps, from block table to sampled token, captured when a batch size is first met.
+"""CUDA graphs of whole decode steps, from block table to sampled token.
 
 A graph is fixed in shape only: it reads the rows' slots, lengths and prefix groups from a static buffer and everything
 else from the runner's persistent state, so one graph serves every mix of rows. Batches are padded to the next size.
@@ -6,9 +6,7 @@ else from the runner's persistent state, so one graph serves every mix of rows. 
 
 from __future__ import annotations
 
-import time
 from bisect import bisect_left
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -23,9 +21,9 @@ if TYPE_CHECKING:
 
 
 class _Kind(NamedTuple):
-    """What a step's graph ends with (a greedy token, a drawn one, or the logits), and whether it has prefix groups."""
+    """Whether a graph ends with logits instead of tokens, and whether it has prefix groups."""
 
-    end: str
+    logits: bool
     groups: bool
 
 
@@ -50,12 +48,11 @@ class DecodeGraphs:
         self._ones = torch.ones(max_num_seqs, dtype=torch.int32, device=runner.device)
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()
-        self._capture_s = self._idle_s = 0.0  # how long a capture takes, and the host waited for the last mixed step
 
     def run(self, plan: StepPlan) -> torch.Tensor:
         """Replay the step; returns token ids [R], or logits [R, V] if `plan.needs_logits`."""
         num_rows = len(plan.slots)
-        size, kind = self._sizes[bisect_left(self._sizes, num_rows)], _kind(plan)
+        size, kind = self._sizes[bisect_left(self._sizes, num_rows)], _Kind(plan.needs_logits, len(plan.group_lens) > 0)
         entry = self._captured.get((size, kind)) or self._capture(size, kind)
         host = np.zeros(entry.packed.shape, np.int32)
         rows = host[: 4 * size].reshape(4, size)
@@ -68,34 +65,17 @@ class DecodeGraphs:
         entry.graph.replay()
         return entry.out[:num_rows]
 
-    def while_busy(self, plan: StepPlan) -> Callable[[torch.cuda.Event], None]:
-        """How to wait for this step, one with prompt chunks: by capturing graphs that its rows will need as they end.
+    def capture_all(self) -> None:
+        """Capture the usual kind for all sizes, the largest first, whose memory then serves the others: about a second.
 
-        The host does so only where the last such step left it idle for longer than a capture takes.
+        The others, for log-probabilities or with prefix groups, are captured when they are met.
         """
-
-        def wait(event: torch.cuda.Event) -> None:
-            begin = time.perf_counter()
-            while self._idle_s > 1.5 * self._capture_s and not event.query() and self._capture_ahead(plan):
-                pass
-            event.synchronize()
-            self._idle_s = time.perf_counter() - begin
-
-        return wait
-
-    def _capture_ahead(self, plan: StepPlan) -> bool:
-        """Capture the largest graph that is missing for the rows of this step; returns whether there was one."""
-        kind = _kind(plan)
-        for size in reversed(self._sizes[: bisect_left(self._sizes, len(plan.slots)) + 1]):
-            if (size, kind) not in self._captured:
-                self._capture(size, kind)
-                return True
-        return False
+        for size in reversed(self._sizes):
+            self._capture(size, _Kind(logits=False, groups=False))
 
     def _capture(self, size: int, kind: _Kind) -> _Captured:
         from rayinfer.runner.runner import Inputs
 
-        begin = time.perf_counter()
         runner = self._runner
         num_groups = MAX_NUM_GROUPS if kind.groups else 0
         packed = torch.zeros(4 * size + 2 * num_groups + kind.groups, dtype=torch.int32, device=runner.device)
@@ -110,9 +90,9 @@ class DecodeGraphs:
             if kind.groups:
                 meta.group_start_G1, meta.group_len_G, meta.shared_len_B = starts_G1, lens_G, shared
             logits_BV = runner.model.forward(ids_T, meta, None)
-            if kind.end == "logits":
+            if kind.logits:
                 return logits_BV
-            return runner.sample(logits_BV, slots.long(), meta.seq_lens_R.long(), kind.end == "greedy")
+            return runner.sample(logits_BV, slots.long(), meta.seq_lens_R.long())
 
         self._stream.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
@@ -128,11 +108,5 @@ class DecodeGraphs:
             finally:
                 graph.capture_end()
         torch.cuda.current_stream().wait_stream(self._stream)
-        self._capture_s = time.perf_counter() - begin
         entry = self._captured[size, kind] = _Captured(graph, packed, out)
         return entry
-
-
-def _kind(plan: StepPlan) -> _Kind:
-    end = "logits" if plan.needs_logits else "greedy" if plan.all_greedy else "sample"
-    return _Kind(end, len(plan.group_lens) > 0)

@@ -11,6 +11,7 @@ import torch
 from rayinfer.config import EngineConfig
 from rayinfer.errors import ConfigError
 from rayinfer.runner.runner import Runner
+from rayinfer.runner.warmup import warm_up
 from rayinfer.scheduler import StepPlan
 
 GIB = 2**30
@@ -50,6 +51,7 @@ def num_kv_blocks(config: EngineConfig, runner: Runner, max_num_seqs: int, max_n
 
 def _gpu_bytes(config: EngineConfig, runner: Runner, max_num_seqs: int, max_num_batched_tokens: int) -> int:
     """Bytes left for KV after trial steps of the largest size, which also compile the kernels."""
+    warm_up(runner)
     runner.allocate(2)
     gc.collect()
     torch.cuda.empty_cache()

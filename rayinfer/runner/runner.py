@@ -6,7 +6,6 @@ parameters. A plan brings only what changed, in one packed copy, and the inputs 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,15 +50,10 @@ class Inputs:
 
 
 class StepHandle:
-    """A launched step. `read` waits for the device and gives the result.
+    """A launched step. `read` waits for the device and gives the result."""
 
-    Args:
-        wait: how to wait for the step's event; default: blocking.
-    """
-
-    def __init__(self, tensors: list[torch.Tensor | None], wait: Callable[[torch.cuda.Event], None] | None = None):
+    def __init__(self, tensors: list[torch.Tensor | None]):
         self._event: torch.cuda.Event | None = None
-        self._wait = wait or torch.cuda.Event.synchronize
         self._tensors = [None if t is None else t.to("cpu", non_blocking=True) for t in tensors]
         if any(t is not None and t.is_cuda for t in tensors):
             self._event = torch.cuda.Event()
@@ -67,7 +61,7 @@ class StepHandle:
 
     def read(self) -> StepResult:
         if self._event is not None:
-            self._wait(self._event)
+            self._event.synchronize()
         token_ids, *tops = [None if t is None else t.numpy() for t in self._tensors]
         assert token_ids is not None
         pairs = zip(tops[::2], tops[1::2], strict=True)
@@ -115,6 +109,12 @@ class Runner:
         ]
         self.model.bind(caches, self.prefill, self.decode)
 
+    @torch.inference_mode()
+    def capture_graphs(self) -> None:
+        """Capture what decode steps replay; call it once the KV cache is allocated."""
+        if self.graphs is not None:
+            self.graphs.capture_all()
+
     def bytes_per_block(self) -> int:
         """KV bytes of one block over all layers."""
         item = torch.tensor([], dtype=self.model.dtype).element_size()
@@ -154,9 +154,7 @@ class Runner:
         if not num_targets:
             meta.outputs = StepOutputs(index_L, self._as_decodes(meta, samples_L, index_L))
         logits_MV = self.model.forward(ids_T, meta, torch.cat([index_L, targets[0].long()]))
-        wait = self.graphs.while_busy(plan) if self.graphs is not None else None
-        slots_L, position_L = inputs.slots_R[samples_L].long(), meta.seq_lens_R[samples_L].long()
-        return self._finish(plan, logits_MV, slots_L, position_L, wait)
+        return self._finish(plan, logits_MV, inputs.slots_R[samples_L].long(), meta.seq_lens_R[samples_L].long())
 
     def _as_decodes(self, meta: StepMeta, rows_L: torch.Tensor, index_L: torch.Tensor) -> StepMeta:
         """The same rows and lengths, as one query token each."""
@@ -224,9 +222,9 @@ class Runner:
             self.seed_S[at] = torch.tensor(seeds, dtype=torch.int64, **pin).to(self.device, non_blocking=True)
 
     def sample(
-        self, logits_LV: torch.Tensor, slots_L: torch.Tensor, position_L: torch.Tensor, greedy: bool
+        self, logits_LV: torch.Tensor, slots_L: torch.Tensor, position_L: torch.Tensor, greedy: bool = False
     ) -> torch.Tensor:
-        """Token ids int32 [L] by the slots' parameters, which become the slots' next inputs."""
+        """Token ids int32 [L] by the slots' parameters (`greedy`: all are), which become the slots' next inputs."""
         if greedy:
             token_L = self.sampler.greedy(logits_LV)
         else:
@@ -237,12 +235,7 @@ class Runner:
         return token_L
 
     def _finish(
-        self,
-        plan: StepPlan,
-        logits_MV: torch.Tensor,
-        slots_L: torch.Tensor,
-        position_L: torch.Tensor,
-        wait: Callable[[torch.cuda.Event], None] | None = None,
+        self, plan: StepPlan, logits_MV: torch.Tensor, slots_L: torch.Tensor, position_L: torch.Tensor
     ) -> StepHandle:
         """Sample from the first L rows of the logits; the rest are for prompt log-probabilities."""
         num_samples = len(plan.samples)
@@ -257,4 +250,4 @@ class Runner:
             tops[:2] = logprobs(raw_LV, token_L.long().clamp_(min=0), plan.num_logprobs)
         if plan.num_prompt_logprobs >= 0:
             tops[2:] = logprobs(logits_MV[num_samples:], targets_2M[1].long(), plan.num_prompt_logprobs)
-        return StepHandle([token_L, *tops], wait)
+        return StepHandle([token_L, *tops])

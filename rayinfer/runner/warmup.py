@@ -1,0 +1,61 @@
+"""Compile the kernels of a step side by side, so that no step of a job waits for a compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from rayinfer.attention import LayerCache, LayerSpec, StepMeta
+
+if TYPE_CHECKING:
+    from rayinfer.runner.runner import Runner
+
+LONG_CHUNK = 2048  # prompt chunks of this many tokens have tiles of their own
+
+
+def warm_up(runner: Runner) -> None:
+    """Call each variant of the attention and sampling kernels once, on two rows of one token each, from threads."""
+    calls: list[Callable[[], object]] = []
+    for spec in {replace(spec, layer=0): None for spec in runner.model.specs}:
+        cache = runner.decode.allocate(spec, 2, runner.block_size, runner.model.dtype, runner.device)
+        one = _meta(runner, num_decodes=0, max_query_len=1)
+        calls += [partial(_attend, runner.prefill.prefill, spec, cache, one)]
+        calls += [partial(_attend, runner.prefill.prefill, spec, cache, replace(one, max_query_len=LONG_CHUNK))]
+        decode = _meta(runner, num_decodes=2, max_query_len=1)
+        calls += [partial(_attend, runner.decode.decode, spec, cache, decode)]
+        if spec.sliding_window is None:
+            none_R, start_G1 = torch.zeros_like(decode.seq_lens_R), torch.zeros_like(decode.query_start_R1)
+            groups = replace(decode, group_start_G1=start_G1, group_len_G=start_G1[:2], shared_len_B=none_R)
+            calls += [partial(_attend, runner.decode.decode, spec, cache, groups)]
+    zeros = torch.zeros(2, 4, device=runner.device)
+    logits = torch.zeros(2, runner.model.info.vocab_size, dtype=runner.model.dtype, device=runner.device)
+    seeds = torch.zeros(2, dtype=torch.int64, device=runner.device)
+    calls += [partial(runner.sampler.sample, logits, *zeros.T[:1], zeros.T[1].int(), *zeros.T[2:], seeds, seeds)]
+    calls += [partial(runner.sampler.greedy, logits)]
+    with ThreadPoolExecutor(len(calls)) as pool:
+        for future in [pool.submit(call) for call in calls]:
+            future.result()
+
+
+def _meta(runner: Runner, num_decodes: int, max_query_len: int) -> StepMeta:
+    count = torch.arange(3, dtype=torch.int32, device=runner.device)
+    return StepMeta(
+        positions_T=torch.zeros(2, dtype=torch.int64, device=runner.device),
+        slot_mapping_T=torch.full((2,), -1, dtype=torch.int64, device=runner.device),
+        block_table_RP=torch.ones(2, 1, dtype=torch.int32, device=runner.device),
+        seq_lens_R=torch.ones(2, dtype=torch.int32, device=runner.device),
+        query_start_R1=count,
+        num_decodes=num_decodes,
+        max_seq_len=1,
+        max_query_len=max_query_len,
+    )
+
+
+def _attend(method: Callable[..., None], spec: LayerSpec, cache: LayerCache, meta: StepMeta) -> None:
+    q_THD = torch.zeros(2, spec.num_heads, spec.head_dim, dtype=cache.k_NSKD.dtype, device=cache.k_NSKD.device)
+    method(q_THD, cache, spec, meta, torch.empty_like(q_THD))
