@@ -35,7 +35,7 @@ def run_rayinfer(args: argparse.Namespace) -> None:
     init = time.perf_counter() - start
 
     def generate(work: workloads.Workload) -> tuple[float, int]:
-        params = [SamplingParams(temperature=args.temperature, max_tokens=n, ignore_eos=True) for n in work.out_lens]
+        params = [SamplingParams(temperature=work.temperature, max_tokens=n, ignore_eos=True) for n in work.out_lens]
         begin = time.perf_counter()
         outputs = llm.generate([{"prompt_token_ids": p} for p in work.prompts], params, use_tqdm=False)
         wall = time.perf_counter() - begin
@@ -67,7 +67,7 @@ def run_vllm(args: argparse.Namespace) -> None:
 
     def generate(work: workloads.Workload) -> tuple[float, int]:
         params = [
-            vllm.SamplingParams(temperature=args.temperature, max_tokens=n, ignore_eos=True, detokenize=False)
+            vllm.SamplingParams(temperature=work.temperature, max_tokens=n, ignore_eos=True, detokenize=False)
             for n in work.out_lens
         ]
         begin = time.perf_counter()
@@ -105,7 +105,7 @@ def run_transformers(args: argparse.Namespace) -> None:
         begin = time.perf_counter()
         longest = max(part.out_lens)
         model.generate(
-            ids.to(device), attention_mask=mask.to(device), do_sample=args.temperature > 0, min_new_tokens=longest,
+            ids.to(device), attention_mask=mask.to(device), do_sample=work.temperature > 0, min_new_tokens=longest,
             max_new_tokens=longest, pad_token_id=0,
         )  # fmt: skip
         report("transformers", args, part, time.perf_counter() - begin, part.num_output_tokens, init, {})
@@ -117,7 +117,7 @@ def report(
     assert num == work.num_output_tokens, (engine, work.name, num, work.num_output_tokens)
     line = {
         "engine": engine, "model": Path(args.model).name, "workload": work.name, "rows": len(work.prompts),
-        "sha256": work.digest(), "temperature": args.temperature, "wall_s": round(wall, 3),
+        "sha256": work.digest(), "temperature": work.temperature, "wall_s": round(wall, 3),
         "output_tok_s": round(num / wall, 1), "init_s": round(init, 1), **more,
     }  # fmt: skip
     print(json.dumps(line), flush=True)
@@ -148,7 +148,6 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="folder with a config.json")
     parser.add_argument("--workloads", default="W1,W2:256,W3:500,W4,W5")
     parser.add_argument("--engines", default="rayinfer,vllm,transformers")
-    parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--max-model-len", type=int, default=8192)
     parser.add_argument("--transformers-rows", type=int, default=64)
     parser.add_argument("--engine-kwargs", type=json.loads, default={}, help="JSON of more rayinfer.LLM arguments")

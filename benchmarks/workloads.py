@@ -3,13 +3,15 @@
     w = build("W5", vocab=128256)       # w.prompts: lists of ids, w.out_lens: tokens to generate for each
 
 The same (name, vocab, seed, n) gives the same rows on any machine (numpy PCG64 with fixed draws); results carry a hash
-of them, and engines are compared only where it is equal. `W2:256` in `parse` means W2 with 256 rows.
+of them, and engines are compared only where it is equal. In `parse`, `W2:256` means W2 with 256 rows, `W4x8` W4 with 8
+different prefixes in random order, and `W1@1` W1 at temperature 1 instead of greedy.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -40,6 +42,7 @@ class Workload:
     name: str
     prompts: list[list[int]]
     out_lens: list[int]
+    temperature: float = 0.0
 
     @property
     def num_input_tokens(self) -> int:
@@ -68,21 +71,30 @@ def _draw(rng: np.random.Generator, spec: tuple, n: int) -> np.ndarray:
     return np.clip(np.rint(rng.lognormal(mu, rest[0], size=n)), 4, 1024).astype(np.int64)
 
 
-def build(name: str, vocab: int, seed: int = 0, n: int | None = None) -> Workload:
+def build(name: str, vocab: int, seed: int = 0, n: int | None = None, num_prefixes: int = 1) -> Workload:
     spec = SPECS[name]
     n = n or spec.num_rows
     rng = np.random.Generator(np.random.PCG64([seed, int(name[1:])]))
     shared = rng.integers(LOW, vocab - HIGH, size=spec.shared_prefix).tolist()
     in_lens, out_lens = _draw(rng, spec.inputs, n), _draw(rng, spec.outputs, n)
     ids = rng.integers(LOW, vocab - HIGH, size=int(in_lens.sum()))
-    prompts = [shared + part.tolist() for part in np.split(ids, np.cumsum(in_lens)[:-1])]
+    others = rng.integers(LOW, vocab - HIGH, size=(num_prefixes - 1, spec.shared_prefix)).tolist()
+    prefixes, which = [shared, *others], rng.integers(num_prefixes, size=n)
+    parts = np.split(ids, np.cumsum(in_lens)[:-1])
+    prompts = [prefixes[i] + part.tolist() for i, part in zip(which.tolist(), parts, strict=True)]
     return Workload(name, prompts, out_lens.tolist())
 
 
 def parse(text: str, vocab: int) -> list[Workload]:
-    """Workloads of a comma-separated list such as `W1,W2:256`."""
-    parts = [item.partition(":") for item in text.split(",")]
-    return [build(name, vocab, n=int(num) if num else None) for name, _, num in parts]
+    """Workloads of a comma-separated list such as `W1@1,W2:256,W4x8`."""
+    works = []
+    for item in text.split(","):
+        match = re.fullmatch(r"(W\d)(?:x(\d+))?(?::(\d+))?(?:@([\d.]+))?", item)
+        if match is None or match[1] not in SPECS:
+            raise ValueError(f"workload {item!r}: want one of {', '.join(SPECS)}, maybe with x8, :256 or @1 behind it")
+        work = build(match[1], vocab, n=int(match[3]) if match[3] else None, num_prefixes=int(match[2] or 1))
+        works.append(replace(work, name=item, temperature=float(match[4] or 0)))
+    return works
 
 
 def warmup(vocab: int, n: int = 32, length: int = 64, out: int = 16) -> Workload:

@@ -11,7 +11,7 @@ from rayinfer.config import EngineConfig
 from rayinfer.engine import Engine
 from rayinfer.engine_thread import failed_output
 from rayinfer.errors import ConfigError, ErrorType, RowError
-from rayinfer.inputs import InputProcessor
+from rayinfer.inputs import EncodedRow, InputProcessor
 from rayinfer.request import RequestOutput
 from rayinfer.sampling import SamplingParams
 
@@ -93,7 +93,10 @@ class LLM:
             row.setdefault("sampling_params", own)
         outputs: list[RequestOutput | None] = [None] * len(rows)
         self._num_calls += 1
-        for index, encoded in enumerate(inputs.encode_batch(rows)):
+        encoded_rows = list(enumerate(inputs.encode_batch(rows)))
+        # Rows that may be long come first, so that few of them are left running alone at the end.
+        encoded_rows.sort(key=lambda entry: -_most_tokens(entry[1]))
+        for index, encoded in encoded_rows:
             request_id = f"{self._num_calls}-{index}"
             try:
                 if isinstance(encoded, RowError):
@@ -123,3 +126,8 @@ class LLM:
     def _drop(self) -> None:
         for request_id in self.engine.request_ids:
             self.engine.abort(request_id)
+
+
+def _most_tokens(row: EncodedRow | RowError) -> int:
+    """Tokens that a row may generate; rows without a limit of their own count as the longest."""
+    return 0 if isinstance(row, RowError) else row.params.max_tokens or 2**31
