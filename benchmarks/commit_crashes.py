@@ -84,24 +84,13 @@ class SeamStore(Store):
         self.seam()
         return result
 
-    def put(self, name: str, data: bytes) -> None:
-        self._do("put", name, data)
-
-    def put_if_absent(self, name: str, data: bytes) -> bool:
-        return self._do("put_if_absent", name, data)
-
-    def read(self, name: str) -> bytes:
-        return self._do("read", name)
-
-    def size(self, name: str) -> int | None:
-        return self._do("size", name)
-
-    def sizes(self, folder: str = "") -> dict[str, int]:
-        return self._do("sizes", folder)
-
     def remove(self, names: Any) -> None:
         for name in names:
             self._do("remove", [name])
+
+
+for _name in ("put", "put_if_absent", "read", "size", "sizes"):
+    setattr(SeamStore, _name, lambda self, *args, _name=_name: self._do(_name, *args))
 
 
 class Bucket(fsspec.AbstractFileSystem):
@@ -360,7 +349,9 @@ class Interleaving:
             thread.start()
             self._back.acquire()
         for i in schedule:
-            self._step(i)
+            if self.outcome[i] is None:
+                self._turns[i].release()
+                self._back.acquire()
         self.alive = [i for i in (0, 1) if self.outcome[i] is None]
         self.objects = dict(self.bucket.objects)
         self._stop = True
@@ -374,10 +365,6 @@ class Interleaving:
         texts = {name: re.sub(rb'"(at|created|finished)": "[^"]*"', b"", data) for name, data in self.objects.items()}
         return hash((tuple(sorted(texts.items())), tuple(map(tuple, self.seen)), tuple(map(str, self.outcome))))
 
-    def _step(self, i: int) -> None:
-        self._turns[i].release()
-        self._back.acquire()
-
     def _wait(self, i: int) -> None:
         self._back.release()
         self._turns[i].acquire()
@@ -389,7 +376,8 @@ class Interleaving:
 
         class Turns(SeamStore):
             def _do(self, name: str, *args: Any) -> Any:
-                driver._wait(i)
+                if name != "read":  # what is read never changes: when it is read makes no difference
+                    driver._wait(i)
                 try:
                     result = getattr(self.inner, name)(*args)
                 except Exception as error:
@@ -487,7 +475,7 @@ def main() -> int:
     if options.uri:
         return bool(wrong)
     start = time.monotonic()
-    states, ends, bad = interleave()
+    states, ends, bad = interleave(num_rows=1)
     print(states, ends, bad[:5], flush=True)
     text = [
         "# Crashes of the commit protocol",

@@ -85,7 +85,7 @@ class CommitLog:
                     self._apply(json.loads(data))
             except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
                 raise ConfigError(
-                    f"{self._name(self.length)}: the log's entry is missing or damaged ({error}); "
+                    f"{self.folder}: an entry is missing or damaged ({error}); "
                     "start afresh with --overwrite, or name another folder"
                 ) from None
 

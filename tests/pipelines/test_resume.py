@@ -1,0 +1,195 @@
+"""Jobs that are killed, started twice, changed, replayed: real drivers, workers and files."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from benchmarks.commit_crashes import Orderly, finished, plan_of
+from rayinfer.pipelines.collect import RayWrites, collect_all
+from rayinfer.pipelines.job import JobSpec
+from rayinfer.pipelines.log import CommitLog
+from rayinfer.pipelines.run import run_job
+from rayinfer.pipelines.sinks import MARKER, PartWriter
+from rayinfer.pipelines.store import META, LocalStore, Store, open_store
+from rayinfer.pipelines.verify import verify
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.05)
+
+
+def num_commits(out: Path) -> int:
+    return sum('"commit"' in path.read_text() for path in out.glob(f"{META}/log-*/*.json"))
+
+
+def texts(out: Path) -> dict[str, str]:
+    table = pq.read_table(out)
+    rows = dict(zip(table["row_key"].to_pylist(), table["generated_text"].to_pylist(), strict=True))
+    assert len(rows) == table.num_rows  # no key twice
+    return rows
+
+
+@pytest.fixture(scope="module")
+def wholes() -> dict[str, dict[str, str]]:
+    """Texts of a run without a fault, made once."""
+    return {}
+
+
+@pytest.fixture
+def whole(tmp_path, slow_job, wholes, local_ray) -> dict[str, str]:
+    if not wholes:
+        run_job(JobSpec.parse(slow_job("whole")))
+        wholes["texts"] = texts(tmp_path / "whole")
+    return wholes["texts"]
+
+
+@pytest.fixture
+def slow_job(tmp_path, job) -> Callable[..., dict]:
+    """A job of a few seconds whose rows come to an end one after the other."""
+    pq.write_table(pa.table({"text": [f"row {i}" for i in range(120)]}), tmp_path / "in.parquet", row_group_size=30)
+
+    def make(out: str = "out", **parts):
+        sink = {"uri": str(tmp_path / out), "rows_per_part": 10}
+        return job(tmp_path / "in.parquet", sink=sink, **{"sampling": {"temperature": 0, "max_tokens": 60}, **parts})
+
+    return make
+
+
+@pytest.mark.slow
+def test_a_driver_that_is_killed_another_one_and_the_same_again(tmp_path, cli, slow_job, whole):
+    path, out = tmp_path / "job.yaml", tmp_path / "out"
+    path.write_text(yaml.safe_dump(slow_job()))
+
+    killed = cli("run", path)
+    wait_for(lambda: num_commits(out) >= 2)
+    workers = psutil.Process(killed.pid).children(recursive=True)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    psutil.wait_procs(workers, timeout=60)  # Ray ends them when their driver is gone
+    before = num_commits(out)
+    assert not (out / MARKER).exists()
+    assert any("rows are not done" in line for line in verify(str(out))[1])
+
+    first = cli("run", path)
+    wait_for(lambda: num_commits(out) > before)
+    second = cli("run", path)
+    _, err = second.communicate(timeout=120)
+    if first.poll() is None:  # else it was too quick for the second one
+        assert second.returncode == 1, err
+        assert f"rayinfer run {path}" in err
+    shown, err = first.communicate(timeout=200)
+    assert first.returncode == 0, err
+    assert "going on: " in shown
+    assert texts(out) == whole
+    assert verify(str(out))[1] == []
+
+    start = time.monotonic()
+    again = cli("run", path)
+    shown, _ = again.communicate(timeout=60)
+    assert (again.returncode, "nothing to do: complete since" in shown) == (0, True)
+    assert time.monotonic() - start < 30  # 3 s when the machine is idle
+    path.write_text(yaml.safe_dump(slow_job(prompt="Tell: {{ text }}")))
+    changed = cli("run", path)
+    _, err = changed.communicate(timeout=60)
+    assert changed.returncode == 2
+    assert "refused:   prompt: 'Say: {{ text }}' -> 'Tell: {{ text }}'" in err
+    assert "--overwrite" in err
+    assert texts(out) == whole
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed(tmp_path, slow_job, whole):
+    out = tmp_path / "out"
+    killed: list[int] = []
+
+    def kill() -> None:
+        wait_for(lambda: num_commits(out) >= 2)
+        for process in psutil.process_iter(["cmdline"]):
+            if "MapWorker(MapBatches(LLMProcessor" in " ".join(process.info["cmdline"] or []):
+                ours = psutil.Process().pid in [parent.pid for parent in process.parents()]
+                killed.extend([process.pid] if ours else [])
+                if ours:
+                    process.kill()
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    result = run_job(JobSpec.parse(slow_job()))
+    killer.join(timeout=10)
+    assert killed
+    assert result.complete, result.reason
+    assert verify(str(out))[1] == []
+    assert texts(out) == whole
+
+
+def test_failed_rows_are_run_again(tmp_path, job, local_ray):
+    values = [None if i % 4 == 0 else f"row {i}" for i in range(12)]
+    pq.write_table(pa.table({"text": values}), tmp_path / "in.parquet")
+    spec = JobSpec.parse(job(tmp_path / "in.parquet"))
+    out = tmp_path / "out"
+    for attempts in (0, 1):
+        result = run_job(spec, replay=attempts > 0)
+        assert (result.status, result.num_ok, result.num_failed) == ("complete", 9, 3), result.reason
+        rows = pq.read_table(out).to_pylist()
+        assert sorted(row["attempts"] for row in rows if row["error_type"]) == [attempts] * 3
+        assert {row["attempts"] for row in rows if not row["error_type"]} == {1}
+        assert verify(str(out))[1] == []
+    assert result.num_rows_before == 9
+    marker = json.loads((out / MARKER).read_text())
+    assert {part["name"] for part in marker["parts"]} == {path.name for path in out.glob("part-*")}
+
+
+def test_a_disk_error_in_a_write_task_stops_the_job_and_loses_nothing(tmp_path, local_ray):
+    plan = plan_of(open_store(str(tmp_path / "out")), 20)
+    log = CommitLog(plan.store, "0" * 8, 20)
+    log.start()
+
+    def collect(store: Store) -> None:
+        def blocks():
+            for rows in np.array_split(log.done.missing(0, 20), 2):
+                yield local_ray.put(finished(rows)), len(rows), 100
+
+        writer = PartWriter(store, "jsonl", plan.schema, log.part_prefix)
+        collect_all(blocks, log, RayWrites(writer), plan.spec.sink, lambda written: None)
+
+    (tmp_path / "full").write_text("a file where a folder should be")
+    with pytest.raises(OSError, match="full"):
+        collect(LocalStore(fsspec.filesystem("file"), str(tmp_path / "full")))
+    assert (log.done.count, log.length) == (0, 1)
+    collect(plan.store)
+    assert log.num_missing == 0
+    assert sum(part.num_rows for part in log.parts.values()) == 20
+
+
+def test_the_time_for_a_flush_passes_while_no_block_comes(tmp_path):
+    plan = plan_of(open_store(str(tmp_path / "out")), 20)
+    log = CommitLog(plan.store, "0" * 8, 20)
+    log.start()
+    writes = Orderly(None, log, PartWriter(plan.store, "jsonl", plan.schema, log.part_prefix))
+    times: list[float] = []
+
+    def blocks():
+        yield finished(np.arange(3)), 3, 100
+        wait_for(lambda: times, 20)  # it is committed although the next one is not there
+        yield finished(np.arange(3, 20)), 17, 100
+
+    sink = plan.spec.sink.model_copy(update={"flush_seconds": 0.5, "rows_per_part": 1000})
+    start = time.monotonic()
+    collect_all(blocks, log, writes, sink, lambda written: times.append(time.monotonic() - start))
+    assert times[0] >= 0.5
+    assert log.num_missing == 0
