@@ -8,7 +8,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -198,7 +198,7 @@ def _work(
                 result.samples = (result.samples + written[1])[:NUM_SAMPLES]
                 progress.written(log.done.count)
 
-            def blocks() -> Iterator[Block]:
+            def blocks() -> Generator[Block, None, None]:
                 nonlocal dataset
                 lazy, dataset = dataset or _dataset(plan, board.actor, log), None
                 return finished_blocks(lazy)

@@ -8,7 +8,7 @@ turns that off for our functions alone; the setting on the DataContext would cha
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import pyarrow as pa
@@ -69,7 +69,7 @@ def take_rows(table: pa.Table, indices: list[int]) -> pa.Table:
     return BlockAccessor.for_block(table).take(indices)
 
 
-def finished_blocks(dataset: Dataset) -> Iterator[tuple[ray.ObjectRef, int, int]]:
+def finished_blocks(dataset: Dataset) -> Generator[tuple[ray.ObjectRef, int, int], None, None]:
     """Run a dataset; yields the reference, rows and bytes of each block as it is finished. No row comes here."""
     for bundle in dataset.iter_internal_ref_bundles():
         for ref, metadata in zip(bundle.block_refs, bundle.metadata, strict=True):
