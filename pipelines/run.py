@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -157,6 +158,7 @@ def run_job(
         if verbose:
             console.print_exception()
         result.reason = str(error) if isinstance(error, OutputTakenError) else _cause(error)
+    gc.collect()  # the frames of a run that failed hold handles of its engines, which would keep their GPUs
     times.enter("end")
     result.seconds = times.seconds
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import threading
@@ -20,7 +21,7 @@ import yaml
 from benchmarks.commit_crashes import Orderly, finished, plan_of
 from rayinfer.pipelines.collect import RayWrites, collect_all
 from rayinfer.pipelines.job import JobSpec
-from rayinfer.pipelines.log import CommitLog
+from rayinfer.pipelines.log import CommitLog, OutputTakenError
 from rayinfer.pipelines.run import run_job
 from rayinfer.pipelines.sinks import MARKER, PartWriter
 from rayinfer.pipelines.store import META, LocalStore, Store, open_store
@@ -113,6 +114,38 @@ def test_a_driver_that_is_killed_another_one_and_the_same_again(tmp_path, cli, s
     assert texts(out) == whole
 
 
+def engines() -> list[psutil.Process]:
+    """Processes of this test's engines."""
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            found += [child] if "MapWorker(MapBatches(LLMProcessor" in " ".join(child.cmdline()) else []
+    return found
+
+
+def test_a_driver_that_lost_its_output_stops_and_frees_its_engines(tmp_path, slow_job, local_ray):
+    out = tmp_path / "out"
+    results = []
+    driver = threading.Thread(target=lambda: results.append(run_job(JobSpec.parse(slow_job()))), daemon=True)
+    driver.start()
+    wait_for(lambda: num_commits(out) >= 2)
+    assert engines()
+    thief = CommitLog(open_store(str(out)), json.loads((out / META / "job.json").read_text())["id"], 120)
+    for _ in range(20):  # until it is quicker than the driver
+        thief = CommitLog(thief.store, thief.job_id, 120)
+        thief.load()
+        with contextlib.suppress(OutputTakenError):
+            thief.start()
+            break
+    driver.join(timeout=60)
+    assert (results[0].status, results[0].num_rows_out < 120) == ("incomplete", True)
+    assert "another driver is writing to this output" in results[0].reason
+    wait_for(lambda: not engines(), 30)
+    again = CommitLog(thief.store, thief.job_id, 120)
+    again.load()
+    assert again.length == thief.length  # nothing came after
+
+
 @pytest.mark.slow
 def test_a_worker_that_is_killed(tmp_path, slow_job, whole):
     out = tmp_path / "out"
@@ -120,12 +153,9 @@ def test_a_worker_that_is_killed(tmp_path, slow_job, whole):
 
     def kill() -> None:
         wait_for(lambda: num_commits(out) >= 2)
-        for process in psutil.process_iter(["cmdline"]):
-            if "MapWorker(MapBatches(LLMProcessor" in " ".join(process.info["cmdline"] or []):
-                ours = psutil.Process().pid in [parent.pid for parent in process.parents()]
-                killed.extend([process.pid] if ours else [])
-                if ours:
-                    process.kill()
+        for process in engines():
+            killed.append(process.pid)
+            process.kill()
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
