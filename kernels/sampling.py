@@ -222,13 +222,14 @@ def sample(
         temperature_R: float32; 0 takes the likeliest token.
         top_k_R: int32 or int64; 0 or less keeps all.
         top_p_R, min_p_R: float32; 1 and 0 keep all.
-        seed_R, position_R: int64.
+        seed_R, position_R: int64. These six are contiguous.
 
     Returns:
         int32 [R]; -1 for a row that holds NaN or whose largest logit is infinite.
     """
     num_rows, num_tokens = logits_RV.shape
     assert logits_RV.stride(1) == 1
+    assert all(x.is_contiguous() for x in (temperature_R, top_k_R, top_p_R, min_p_R, seed_R, position_R))
     device = logits_RV.device
     token_R = torch.empty(num_rows, dtype=torch.int32, device=device)
     if num_rows == 0:

@@ -228,7 +228,7 @@ class Runner:
         if greedy:
             token_L = self.sampler.greedy(logits_LV)
         else:
-            temperature, top_k, top_p, min_p = self.params_S4[slots_L].T
+            temperature, top_k, top_p, min_p = self.params_S4[slots_L].T.contiguous()
             seed = self.seed_S[slots_L]
             token_L = self.sampler.sample(logits_LV, temperature, top_k.int(), top_p, min_p, seed, position_L)
         self.last_token_S[slots_L] = token_L.long().clamp_(min=0)  # a NaN row's -1 must not index the embedding

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rayinfer.attention import LayerCache, LayerSpec, StepMeta
+from rayinfer.groups import MAX_NUM_GROUPS
 
 if TYPE_CHECKING:
     from rayinfer.runner.runner import Runner
@@ -29,13 +30,13 @@ def warm_up(runner: Runner) -> None:
         decode = _meta(runner, num_decodes=2, max_query_len=1)
         calls += [partial(_attend, runner.decode.decode, spec, cache, decode)]
         if spec.sliding_window is None:
-            none_R, start_G1 = torch.zeros_like(decode.seq_lens_R), torch.zeros_like(decode.query_start_R1)
-            groups = replace(decode, group_start_G1=start_G1, group_len_G=start_G1[:2], shared_len_B=none_R)
+            start_G1 = torch.zeros(MAX_NUM_GROUPS + 1, dtype=torch.int32, device=runner.device)
+            groups = replace(decode, group_start_G1=start_G1, group_len_G=start_G1[1:], shared_len_B=start_G1[:2])
             calls += [partial(_attend, runner.decode.decode, spec, cache, groups)]
-    zeros = torch.zeros(2, 4, device=runner.device)
+    zeros = torch.zeros(4, 2, device=runner.device)
     logits = torch.zeros(2, runner.model.info.vocab_size, dtype=runner.model.dtype, device=runner.device)
     seeds = torch.zeros(2, dtype=torch.int64, device=runner.device)
-    calls += [partial(runner.sampler.sample, logits, *zeros.T[:1], zeros.T[1].int(), *zeros.T[2:], seeds, seeds)]
+    calls += [partial(runner.sampler.sample, logits, zeros[0], zeros[1].int(), *zeros[2:], seeds, seeds)]
     calls += [partial(runner.sampler.greedy, logits)]
     with ThreadPoolExecutor(len(calls)) as pool:
         for future in [pool.submit(call) for call in calls]:
