@@ -291,13 +291,15 @@ class Engine:
 def _keep_freed_memory() -> None:
     """Tell glibc not to give a step's memory back to the system: the next step would take page faults for it anew.
 
-    Above all in threads other than the first, whose heaps glibc trims early: time in the system fell from 22 % to 7 %.
-    Other C libraries are left alone. The numbers are M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of mallopt(3).
+    Threads other than the first have heaps of their own, which glibc trims early: time in the system fell from 22 % to
+    7 % with the limits, and the time of a job by 6 % more with one heap for all. Other C libraries are left alone. The
+    numbers are M_TRIM_THRESHOLD, M_MMAP_THRESHOLD and M_ARENA_MAX of mallopt(3).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(-1, 2**30)
         mallopt(-3, 2**25)
+        mallopt(-8, 1)
 
 
 def _num_cores() -> int:
