@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import json
 import queue
+import time
 import uuid
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -22,6 +24,7 @@ from rayinfer.sampling import SamplingParams
 
 INPUTS = ("messages", "prompt", "prompt_token_ids")
 MIN_ROWS_PER_BLOCK = 4
+BLOCK_SECONDS = 1.0  # a finished row waits no longer for others to share its block
 
 keep_yielded_blocks()
 
@@ -42,7 +45,8 @@ class LLMProcessor:
     A call yields its rows in blocks of a quarter of the batch as soon as a block's rows are done, those that may be
     short first. Which rows are in which block depends on the batch alone: when a worker dies, Ray runs its calls again
     and skips as many blocks as it already has, so blocks made in the order in which rows end would lose some rows and
-    repeat others.
+    repeat others. For a caller who finds out such rows by key, `any_rows` lets every call yield whatever rows of the
+    engine are done, as many as it brought: no row waits for another, and no call for a row that is far longer.
 
     Args:
         model: local folder, hub id, or a single .gguf file.
@@ -50,6 +54,7 @@ class LLMProcessor:
         chat_template, chat_template_kwargs: instead of, and passed to, the tokenizer's own template.
         on_error: "record" makes a failed row an error row; "raise" stops the job with an error that names the row.
         stats_actor: handle of a StatsBoard, told about the engine each second.
+        any_rows: calls yield rows of one another; see above.
         engine_kwargs: the other fields of EngineConfig.
 
     Raises:
@@ -68,6 +73,7 @@ class LLMProcessor:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         on_error: Literal["record", "raise"] = "record",
         stats_actor: Any = None,
+        any_rows: bool = False,
         **engine_kwargs: Any,
     ):
         from rayinfer.engine_thread import EngineThread
@@ -77,6 +83,7 @@ class LLMProcessor:
         self._asked = [name for name in col.WHEN_ASKED if self._defaults.get(name) is not None]
         self._engine = EngineThread(EngineConfig.parse(model=model, **engine_kwargs))
         self._inputs = self._engine.engine.inputs.with_template(chat_template, chat_template_kwargs)
+        self._done: queue.SimpleQueue[_Done] | None = queue.SimpleQueue() if any_rows else None
         self._end_reports = None
         if stats_actor is not None:
             self._end_reports = report_every_second(stats_actor, uuid.uuid4().hex, self._engine.stats)
@@ -95,23 +102,56 @@ class LLMProcessor:
         good.sort(key=lambda entry: (entry[1].params.max_tokens or 2**31, len(entry[1].prompt_token_ids)))
         columns = self._columns([row.params for _, row in good])
 
-        ended: queue.SimpleQueue[tuple[int, RequestOutput]] = queue.SimpleQueue()
-        self._engine.submit([row for _, row in good], lambda place, output: ended.put((place, output)))
+        done = self._done or queue.SimpleQueue()
+        source = _Source(table, columns, attempt)
+        self._engine.submit(
+            [row for _, row in good], lambda place, output: done.put(_Done(source, place, good[place][0], output))
+        )
         if failed:
-            yield self._block(table, failed, columns, attempt)
-        outputs: dict[int, RequestOutput] = {}  # by place in `good`
+            yield self._block(source, failed)
         size = max(MIN_ROWS_PER_BLOCK, -(-table.num_rows // 4))
-        for start in range(0, len(good), size):
-            places = range(start, min(start + size, len(good)))
-            while not all(place in outputs for place in places):
-                place, output = ended.get()
-                if self._engine.error is not None:
-                    raise RuntimeError("the engine died; its rows are not lost, they have no result") from (
-                        self._engine.error
-                    )
-                outputs[place] = output
-            results = {good[place][0]: outputs.pop(place) for place in places}
-            yield self._block(table, results, columns, attempt)
+        yield from self._as_they_end(len(good), size) if self._done else self._in_order(done, len(good), size)
+
+    def _in_order(self, done: queue.SimpleQueue[_Done], num_rows: int, size: int) -> Iterator[pa.Table]:
+        """Blocks of `size` rows, in the order of their places."""
+        waiting: dict[int, _Done] = {}
+        for start in range(0, num_rows, size):
+            places = range(start, min(start + size, num_rows))
+            while not all(place in waiting for place in places):
+                entry = self._next(done, None)
+                assert entry is not None
+                waiting[entry.place] = entry
+            entries = [waiting.pop(place) for place in places]
+            yield self._block(entries[0].source, {entry.index: entry.output for entry in entries})
+
+    def _as_they_end(self, num_rows: int, size: int) -> Iterator[pa.Table]:
+        """As many rows as this call brought, of whatever call, in blocks of `size` rows or what a second brought."""
+        assert self._done is not None
+        left, since, entries = num_rows, time.monotonic(), list[_Done]()
+        while left:
+            entry = self._next(self._done, max(0.0, since + BLOCK_SECONDS - time.monotonic()) if entries else None)
+            if entry is not None:
+                since = since if entries else time.monotonic()
+                entries.append(entry)
+                left -= 1
+            if entries and (entry is None or not left or len(entries) >= size):
+                by_source: dict[_Source, dict[int, RequestOutput]] = {}
+                for done in entries:
+                    by_source.setdefault(done.source, {})[done.index] = done.output
+                entries.clear()
+                blocks = [self._block(source, results) for source, results in by_source.items()]
+                alike = all(block.schema.equals(blocks[0].schema) for block in blocks)
+                yield from [pa.concat_tables(blocks)] if alike else blocks
+
+    def _next(self, done: queue.SimpleQueue[_Done], seconds: float | None) -> _Done | None:
+        """The next row that is done; None if none was in so many seconds."""
+        try:
+            entry = done.get(timeout=seconds)
+        except queue.Empty:
+            return None
+        if self._engine.error is not None:
+            raise RuntimeError("the engine died; its rows are not lost, they have no result") from self._engine.error
+        return entry
 
     def close(self) -> None:
         """End the engine and free its memory."""
@@ -146,17 +186,34 @@ class LLMProcessor:
         }
         return pa.schema([field for field in col.OUTPUT if field.name not in left_out])
 
-    def _block(
-        self, table: pa.Table, results: Mapping[int, RequestOutput | RowError], columns: pa.Schema, attempt: int
-    ) -> pa.Table:
-        rows = [col.output_row(result, attempt) for result in results.values()]
-        taken = take_rows(table, list(results))
+    def _block(self, source: _Source, results: Mapping[int, RequestOutput | RowError]) -> pa.Table:
+        rows = [col.output_row(result, source.attempt) for result in results.values()]
+        taken = take_rows(source.table, list(results))
         if self._on_error == "raise":
             for row, index in zip(rows, results, strict=True):
                 if row.get("error_type") is not None:
                     error = RowError(ErrorType(row["error_type"]), row["error_message"])
-                    col.raise_row(error, table.slice(index, 1).to_pylist()[0], index)
-        return col.with_columns(taken, col.table_of(rows, columns))
+                    col.raise_row(error, source.table.slice(index, 1).to_pylist()[0], index)
+        return col.with_columns(taken, col.table_of(rows, source.columns))
+
+
+@dataclass(frozen=True, eq=False)
+class _Source:
+    """A call's batch: its rows, the output columns they get, and which attempt at them this is."""
+
+    table: pa.Table
+    columns: pa.Schema
+    attempt: int
+
+
+@dataclass(frozen=True)
+class _Done:
+    """A finished row: its call, its place among the call's good rows, its index in the call's table."""
+
+    source: _Source
+    place: int
+    index: int
+    output: RequestOutput
 
 
 def sampling_defaults(value: SamplingParams | Mapping[str, Any] | None) -> dict[str, Any]:

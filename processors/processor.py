@@ -59,6 +59,7 @@ class Processor:
     preprocess_map_kwargs: dict[str, Any] = field(default_factory=dict)
     postprocess_map_kwargs: dict[str, Any] = field(default_factory=dict)
     stats_actor: Any = None
+    any_rows: bool = False  # see LLMProcessor; only for a caller who checks the result by key
 
     def __call__(self, dataset: Dataset) -> Dataset:
         """Add the three stages to a dataset's plan, after a look at the model's files and the cluster's resources.
@@ -106,6 +107,7 @@ class Processor:
                 "sampling_params": config.sampling_params,
                 "on_error": config.on_error,
                 "stats_actor": self.stats_actor,
+                "any_rows": self.any_rows,
                 **template,
             },
             batch_format="pyarrow",

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,29 @@ def test_bare_map_batches_streams_and_survives_a_lost_worker(local_ray, model_pa
     assert sorted(ids) == list(range(64))
     assert 2 in attempts
     assert len(delays) >= 12  # blocks of a quarter of a call, not one for each call
+
+
+def test_a_long_row_holds_no_call_and_no_row(local_ray, config, expected):
+    """With any_rows: of each batch one row is far longer than the rest, and 2 calls run at once."""
+    longest = 200
+
+    def ask_long(row):
+        asked = ask(row)
+        if row["id"] % 4 == 0 and row["id"] not in BAD_ROWS:
+            asked["sampling_params"] |= {"max_tokens": longest}
+        return asked
+
+    few = config.model_copy(update={"max_concurrent_batches": 2})
+    processor = replace(build_processor(few, preprocess=ask_long), any_rows=True)
+    rows = processor(ray.data.range(NUM_ROWS, override_num_blocks=1)).take_all()
+    assert sorted(row["id"] for row in rows) == list(range(NUM_ROWS))
+    good = [row for row in rows if row["id"] not in BAD_ROWS]
+    is_long = [row["id"] % 4 == 0 for row in good]
+    for row, long in zip(good, is_long, strict=True):
+        assert row["num_generated_tokens"] == (longest if long else len(expected[row["id"]][1]))
+        assert list(row["generated_tokens"])[:4] == expected[row["id"]][1][:4]
+    first_long = is_long.index(True)
+    assert first_long > 8, "more short rows than two calls hold came before a long one"
 
 
 def test_refused_before_an_actor_starts(local_ray, model_path, engine_kwargs, tmp_path):
