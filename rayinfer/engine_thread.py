@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from itertools import count
 
@@ -20,11 +21,16 @@ OnFinished = Callable[[int, RequestOutput], None]
 class EngineThread:
     """Owns an Engine; all methods may be called from any thread.
 
-    The engine is built by the calling thread, so its errors (ConfigError above all) are raised here.
+    The engine is built by its own thread: had another one used torch on a CPU before, OpenMP would count the threads of
+    both, find them more than the cores, and let them sleep at every barrier where it let them spin.
+
+    Raises:
+        ConfigError: as Engine does.
     """
 
+    engine: Engine
+
     def __init__(self, config: EngineConfig):
-        self.engine = Engine(config)
         self.error: BaseException | None = None
         self._inbox: deque[tuple[str, EncodedRow, int, OnFinished]] = deque()
         self._waiters: dict[str, tuple[int, OnFinished]] = {}
@@ -32,8 +38,10 @@ class EngineThread:
         self._closed = False
         self._stats = EngineStats()
         self._ids = count()
-        self._thread = threading.Thread(target=self._run, name="rayinfer-engine", daemon=True)
+        built: Future[Engine] = Future()
+        self._thread = threading.Thread(target=self._run, args=(config, built), name="rayinfer-engine", daemon=True)
         self._thread.start()
+        self.engine = built.result()
 
     def submit(self, rows: Sequence[EncodedRow], on_finished: OnFinished) -> None:
         """Queue rows; `on_finished(index in rows, output)` is called on the engine's thread as each one ends.
@@ -59,7 +67,13 @@ class EngineThread:
             self._wake.notify()
         self._thread.join()
 
-    def _run(self) -> None:
+    def _run(self, config: EngineConfig, built: Future[Engine]) -> None:
+        try:
+            self.engine = Engine(config)
+        except BaseException as error:
+            built.set_exception(error)
+            return
+        built.set_result(self.engine)
         try:
             while self._take_in():
                 for output in self.engine.step():
