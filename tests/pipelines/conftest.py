@@ -73,22 +73,6 @@ def table() -> pa.Table:
     )
 
 
-@pytest.fixture(scope="session")
-def local_ray():
-    """A Ray of this test run's own: never one that happens to run on the machine."""
-    import ray
-
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        num_cpus=2,
-        log_to_driver=False,
-        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}},
-    )
-    yield ray
-    ray.shutdown()
-
-
 @pytest.fixture
 def cli() -> Callable[..., subprocess.Popen[str]]:
     """cli(*args) starts the command line in a process of its own, its output captured."""

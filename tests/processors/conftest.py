@@ -1,12 +1,8 @@
-"""A tiny random-weight Llama with a byte-level tokenizer, and one local Ray for all tests of this folder."""
+"""A tiny random-weight Llama with a byte-level tokenizer."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import pytest
-import ray
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -47,20 +43,3 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def engine_kwargs() -> dict[str, object]:
     return {"max_model_len": MAX_MODEL_LEN, "max_num_seqs": 8, "cpu_kv_cache_gib": 0.01, "num_threads": 1}
-
-
-@pytest.fixture(scope="session")
-def local_ray():
-    """A Ray of this test run's own: never one that happens to run on the machine."""
-    root = Path(__file__).resolve().parents[2]
-    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        num_cpus=3,
-        log_to_driver=False,
-        runtime_env={"env_vars": {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}},
-    )
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    yield ray
-    ray.shutdown()
