@@ -29,6 +29,7 @@ from triton.runtime.jit import JITFunction
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rayinfer.kernels.act_mul import act_mul
+from rayinfer.kernels.matmul import matmul
 from rayinfer.kernels.paged_decode import paged_decode
 from rayinfer.kernels.paged_prefill import paged_prefill
 from rayinfer.kernels.rms_norm import add_rms_norm, rms_norm
@@ -75,6 +76,9 @@ def _cases() -> dict[str, Callable[[], object]]:
         def prefill(q=q, cache=cache, layer=layer):
             paged_prefill(q, cache, cache, table, lens, starts, max_query_len=tokens, **layer)
 
+        def fixed(q=q, cache=cache, layer=layer):
+            paged_prefill(q, cache, cache, table, lens, starts, max_query_len=tokens, fixed=True, **layer)
+
         norm = name == "gemma-window"
 
         def rope(cache=cache, heads=heads, kv_heads=kv_heads, dim=dim, dtype=dtype, norm=norm):
@@ -88,6 +92,7 @@ def _cases() -> dict[str, Callable[[], object]]:
         cases[f"decode {name}"] = decode
         cases[f"prefix {name}"] = prefix
         cases[f"prefill {name}"] = prefill
+        cases[f"prefill {name} fixed"] = fixed
         cases[f"rope {name}"] = rope
     llama = cases["decode llama-8b"]
     cases["decode llama-8b unsplit"] = lambda: llama(num_programs=0)  # type: ignore[call-arg]
@@ -97,6 +102,11 @@ def _cases() -> dict[str, Callable[[], object]]:
     cases["rms_norm"] = lambda: rms_norm(x, weight, 1e-5)
     cases["add_rms_norm"] = lambda: add_rms_norm(x, x, weight, 1e-5)
     cases["add_rms_norm gemma"] = lambda: add_rms_norm(x, x, weight, 1e-5, gemma=True)
+    for dtype in (BF16, F32):
+        product = [_meta(tokens, 4096, dtype=dtype), _meta(6144, 4096, dtype=dtype), _meta(6144, dtype=dtype)]
+        short = str(dtype).removeprefix("torch.")
+        cases[f"matmul {short}"] = lambda product=product: matmul(*product)  # type: ignore[misc]
+        cases[f"matmul {short} pointers"] = lambda product=product: matmul(*product, tma=False)  # type: ignore[misc]
     for kind in ("silu", "gelu_tanh", "gelu"):
         cases[f"act_mul {kind}"] = lambda kind=kind: act_mul(_meta(tokens, 28672), kind)  # type: ignore[misc]
     for dtype in (BF16, F32):

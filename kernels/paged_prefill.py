@@ -39,6 +39,7 @@ def _prefill_kernel(
     PAGE: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    FIXED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -77,6 +78,9 @@ def _prefill_kernel(
         end = last_pos // BLOCK_N + 1
         if WINDOW > 0:
             masked_from = tl.maximum(first_pos - WINDOW + 1, 0) // BLOCK_N
+        elif FIXED:
+            # Code without the mask may round otherwise, and which tiles need none depends on where a chunk begins.
+            masked_from = 0
         else:
             # Tiles that every query sees whole need no mask.
             masked_from = (first_pos + 1) // BLOCK_N
@@ -131,14 +135,19 @@ def _prefill_kernel(
         tl.store(out_MD, acc_MD.to(out_ptr.dtype.element_ty), mask=mask_MD)
 
 
-def _launch_shape(block_d: int, itemsize: int, group: int, max_query_len: int) -> tuple[int, int, int, int]:
+def _launch_shape(
+    block_d: int, itemsize: int, group: int, max_query_len: int, fixed: bool
+) -> tuple[int, int, int, int]:
     """(query, head) pairs of a tile, tokens of a KV tile, warps, pipeline stages.
 
     Short chunks are mostly diagonal, where a narrower KV tile wastes less: 220 instead of 176 TFLOP/s at 512 tokens.
+    `fixed`: one shape for chunks and single tokens.
     """
     stages = 2 if torch.version.hip else 3
     if itemsize == 4:  # no tensor cores in float32: small tiles, or the registers spill
         return max(32, triton.next_power_of_2(group)), 32, 4, stages
+    if fixed:
+        return 64, 32 if block_d > 128 else 64, 4, stages
     return 128, 32 if block_d > 128 or max_query_len <= 1024 else 64, 8, stages
 
 
@@ -155,6 +164,7 @@ def paged_prefill(
     sliding_window: int | None = None,
     softcap: float | None = None,
     out_THD: torch.Tensor | None = None,
+    fixed: bool = False,
 ) -> torch.Tensor:
     """Attention of prompt chunks; query i of a row is at position seq_len - query_len + i and sees up to itself.
 
@@ -167,6 +177,7 @@ def paged_prefill(
         max_query_len: at least the longest chunk; longer chunks would be cut off.
         scale: factor of q . k; `sliding_window` and `softcap` as in `LayerSpec`.
         out_THD: where to write; a new tensor by default.
+        fixed: sums in one order, so that a token's result is the same to the last bit in any batch and chunk.
 
     Returns:
         The output, [T, H, D] of q's dtype; accumulation is in float32.
@@ -182,7 +193,8 @@ def paged_prefill(
     if num_rows == 0 or max_query_len == 0:
         return out_THD
     block_d = max(16, triton.next_power_of_2(head_dim))
-    block_m, block_n, num_warps, num_stages = _launch_shape(block_d, q_THD.element_size(), group, max_query_len)
+    shape = _launch_shape(block_d, q_THD.element_size(), group, max_query_len, fixed)
+    block_m, block_n, num_warps, num_stages = shape
     num_tiles = triton.cdiv(max_query_len, block_m // group)
     _prefill_kernel[(num_tiles, num_kv_heads, num_rows)](
         q_THD,
@@ -204,6 +216,7 @@ def paged_prefill(
         PAGE=k_NSKD.shape[1],
         WINDOW=sliding_window or 0,
         SOFTCAP=bool(softcap),
+        FIXED=fixed,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_D=block_d,

@@ -16,6 +16,7 @@ KERNELS = {
     "_act_mul_kernel",
     "_decode_kernel",
     "_greedy_kernel",
+    "_matmul_kernel",
     "_prefill_kernel",
     "_prefix_kernel",
     "_qk_norm_rope_write_kernel",

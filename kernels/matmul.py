@@ -1,0 +1,127 @@
+"""x W^T + b with one order of sums: what a row comes to does not depend on how many other rows there are, or on which.
+
+Every tile takes the input channels in the same order, in steps of one size; nothing is split over them, and the launch
+shape does not depend on the number of rows. Legend: M rows, O output channels, I input channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+class Tile(NamedTuple):
+    """Rows, output and input channels of a tile; tiles of rows that share weights in L2; warps and pipeline stages."""
+
+    m: int
+    o: int
+    i: int
+    group: int
+    warps: int
+    stages: int
+
+
+# The number of rows varies from step to step, and a value that is 1 or a multiple of 16 would compile anew.
+@triton.jit(do_not_specialize=["num_rows"])
+def _matmul_kernel(
+    x_ptr,
+    w_ptr,
+    bias_ptr,
+    out_ptr,
+    num_rows,
+    num_out,
+    num_in,
+    x_stride,
+    w_stride,
+    TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    # Neighbouring programs take the same weights for GROUP tiles of rows, then go on to the next weights.
+    tiles_m = tl.cdiv(num_rows, BLOCK_M)
+    per_group = GROUP * tl.cdiv(num_out, BLOCK_O)
+    first = tl.program_id(0) // per_group * GROUP
+    size = tl.minimum(tiles_m - first, GROUP)
+    at_m = (first + tl.program_id(0) % per_group % size) * BLOCK_M
+    at_o = tl.program_id(0) % per_group // size * BLOCK_O
+    row_M = (at_m + tl.arange(0, BLOCK_M)).to(tl.int64)
+    o_O = (at_o + tl.arange(0, BLOCK_O)).to(tl.int64)
+    i_I = tl.arange(0, BLOCK_I)
+    acc_MO = tl.zeros([BLOCK_M, BLOCK_O], tl.float32)
+    for at_i in range(0, num_in, BLOCK_I):
+        if TMA:  # x_ptr and w_ptr are descriptors; what lies outside reads as zeros
+            x_MI = x_ptr.load([at_m, at_i])
+            w_OI = w_ptr.load([at_o, at_i])
+        else:
+            inside_I = i_I < num_in - at_i
+            x_MI = x_ptr + row_M[:, None] * x_stride + (at_i + i_I)[None, :]
+            w_OI = w_ptr + o_O[:, None] * w_stride + (at_i + i_I)[None, :]
+            x_MI = tl.load(x_MI, mask=(row_M < num_rows)[:, None] & inside_I[None, :], other=0.0)
+            w_OI = tl.load(w_OI, mask=(o_O < num_out)[:, None] & inside_I[None, :], other=0.0)
+        acc_MO = tl.dot(x_MI, tl.trans(w_OI), acc_MO, input_precision="ieee")
+    if bias_ptr is not None:
+        acc_MO += tl.load(bias_ptr + o_O, mask=o_O < num_out, other=0.0).to(tl.float32)[None, :]
+    out_MO = out_ptr + row_M[:, None] * num_out + o_O[None, :]
+    tl.store(out_MO, acc_MO.to(out_ptr.dtype.element_ty), mask=(row_M < num_rows)[:, None] & (o_O < num_out)[None, :])
+
+
+def default_tile(itemsize: int) -> Tile:
+    """The launch shape of every product: one for a dtype, whatever the number of rows.
+
+    float32 has no tensor cores here: small tiles, or the registers spill. An AMD compute unit has 64 KiB of shared memory.
+    """
+    if itemsize == 4:
+        return Tile(32, 64, 32, 8, 4, 2)
+    return Tile(128, 128, 64, 8, 8, 2) if torch.version.hip else Tile(128, 256, 64, 8, 8, 4)
+
+
+def matmul(
+    x_MI: torch.Tensor,
+    w_OI: torch.Tensor,
+    bias_O: torch.Tensor | None = None,
+    *,
+    tile: Tile | None = None,
+    tma: bool | None = None,
+) -> torch.Tensor:
+    """x W^T + b, each row the same to the last bit in any batch and at any place in it.
+
+    Args:
+        x_MI, w_OI: float32, float16 or bfloat16, of one dtype; the last dimension is contiguous. bias_O: [O], or none.
+        tile: another launch shape, whose bits may differ (to try them out). tma: whether the tensor memory accelerator
+            loads; default: on NVIDIA, if addresses and strides are multiples of 16 bytes, as it wants them.
+
+    Returns:
+        [M, O] of x's dtype, contiguous; sums are in float32, rounded once.
+    """
+    (num_rows, num_in), num_out = x_MI.shape, w_OI.shape[0]
+    assert w_OI.shape[1] == num_in
+    assert x_MI.dtype == w_OI.dtype
+    assert x_MI.stride(1) == w_OI.stride(1) == 1
+    out_MO = torch.empty(num_rows, num_out, dtype=x_MI.dtype, device=x_MI.device)
+    if num_rows == 0:
+        return out_MO
+    tile = tile or default_tile(x_MI.element_size())
+    if tma is None:
+        tma = not torch.version.hip and all(
+            address % 16 == 0
+            for t in (x_MI, w_OI)
+            for address in (0 if t.is_meta else t.data_ptr(), t.stride(0) * t.element_size())
+        )
+    x, w = x_MI, w_OI
+    loads: tuple[Any, Any] = (x, w)
+    if tma:
+        blocks = ((x, [tile.m, tile.i]), (w, [tile.o, tile.i]))
+        loads = tuple(TensorDescriptor(t, t.shape, t.stride(), block) for t, block in blocks)  # type: ignore[assignment]
+    grid = (triton.cdiv(num_rows, tile.m) * triton.cdiv(num_out, tile.o),)
+    _matmul_kernel[grid](
+        *loads, bias_O, out_MO, num_rows, num_out, num_in, x.stride(0), w.stride(0),
+        TMA=tma, BLOCK_M=tile.m, BLOCK_O=tile.o, BLOCK_I=tile.i, GROUP=tile.group,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return out_MO
