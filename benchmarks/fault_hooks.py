@@ -99,7 +99,7 @@ def patch_runner(module) -> None:
         begin(self, *args, **kwargs)
 
     def wrapped(self, plan):
-        strike("step", lambda text: find(plan.token_ids, tokens_of(text)) >= 0)
+        strike("step", lambda text: ends_of(tokens_of(text), plan.token_ids))
         return launch(self, plan)
 
     module.Runner.__init__, module.Runner.launch = init, wrapped
@@ -110,12 +110,11 @@ def patch_model(module) -> None:
 
     def wrapped(self, ids_T, meta, index_L=None):
         logits = forward(self, ids_T, meta, index_L)
-        for fault in due("forward", lambda text: find(ids_T, tokens_of(text)) >= 0):
-            at = find(ids_T, tokens_of(fault["poison"]))
-            later = (index_L >= at).nonzero()
-            if len(later):  # the row's prompt ends in this step: its first token is sampled from these logits
-                logits = logits.clone()
-                logits[later[0]] = float("nan")
+        for fault in due("forward", lambda text: ends_of(tokens_of(text), ids_T)):
+            ends = ends_of(tokens_of(fault["poison"]), ids_T)
+            hit = [row for row, index in enumerate(index_L.tolist()) if index in ends]  # its prompt's last token
+            logits = logits.clone()
+            logits[hit] = float("nan")
         return logits
 
     module.Model.forward = wrapped
@@ -128,13 +127,11 @@ def tokens_of(text: str) -> list[int]:
     return [letters[letter] for letter in text]
 
 
-def find(ids, word: list[int]) -> int:
-    """Where the word ends in the ids; -1 if it is not there."""
+def ends_of(word: list[int], ids) -> set[int]:
+    """Where the word ends in the ids."""
     ids = ids.tolist()
-    for i in range(len(ids) - len(word) + 1):
-        if ids[i : i + len(word)] == word:
-            return i + len(word) - 1
-    return -1
+    size = len(word)
+    return {i + size - 1 for i in range(len(ids) - size + 1) if ids[i : i + size] == word}
 
 
 def patch_store(module) -> None:

@@ -149,7 +149,7 @@ class World:
         self.site.mkdir(parents=True)
         shutil.copy(Path(__file__).with_name("fault_hooks.py"), self.site / "sitecustomize.py")
         os.environ |= {"PYTHONPATH": f"{self.site}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
-        os.environ |= {"HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+        os.environ |= {"HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["benchmarks.fault_preload"])
         (self.site / "letters.json").write_text(json.dumps(save_tiny_llama(folder / "model")))
