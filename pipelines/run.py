@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.text import Text
 
 import rayinfer
+from rayinfer.chat import ControlTokens
 from rayinfer.errors import ConfigError, ErrorType, RowError
 from rayinfer.pipelines.collect import MAX_FRUITLESS_ROUNDS, Block, RayWrites, Written, collect_all
 from rayinfer.pipelines.identity import JOB, check_same, claim_job, fingerprint, read_job
@@ -97,13 +98,15 @@ def read_marker(store: Store, log: CommitLog) -> dict[str, Any] | None:
 class RenderPrompt:
     """`preprocess` of the job: a source row becomes the prompt or the messages."""
 
+    control_tokens: ControlTokens | None = None  # set where the tokenizer is
+
     def __init__(self, template: PromptTemplate):
         self.template = template
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
         if row[SOURCE_ERROR] is not None:
             raise RowError(ErrorType.INVALID_PROMPT, row[SOURCE_ERROR])
-        return self.template.render(row[SOURCE])
+        return self.template.render(row[SOURCE], self.control_tokens)
 
 
 def run_job(

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, meta, nodes
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import StrictUndefined, TemplateSyntaxError, meta, nodes
 
-from rayinfer.errors import ConfigError, ErrorType, RowError, nearest
+from rayinfer.chat import ControlTokens, Templated
+from rayinfer.errors import ConfigError, ErrorType, RowError, describe, nearest
+from rayinfer.sandbox import Sandbox
 
 ROW_NAME = "row"  # `row["my column"]` reaches columns whose name is no Jinja2 identifier
 
@@ -23,9 +24,7 @@ def _refuse_none(value: Any) -> Any:
     return value
 
 
-_ENVIRONMENT = ImmutableSandboxedEnvironment(
-    undefined=StrictUndefined, finalize=_refuse_none, keep_trailing_newline=True
-)
+_ENVIRONMENT = Sandbox(undefined=StrictUndefined, finalize=_refuse_none, keep_trailing_newline=True)
 _ENVIRONMENT.globals.clear()  # a name is a column or a mistake
 
 
@@ -47,7 +46,7 @@ class PromptTemplate:
             self._sources = {"prompt": prompt}
         for place, text in self._sources.items():
             try:
-                _ENVIRONMENT.from_string(text)
+                _ENVIRONMENT.template(text)
             except TemplateSyntaxError as error:
                 raise ConfigError(f"{place}: line {error.lineno} of the template: {error.message}") from None
 
@@ -56,7 +55,7 @@ class PromptTemplate:
 
     @cached_property
     def _compiled(self) -> list[Any]:
-        return [_ENVIRONMENT.from_string(text) for text in self._sources.values()]
+        return [_ENVIRONMENT.template(text) for text in self._sources.values()]
 
     def check_columns(self, columns: Iterable[str]) -> None:
         """Raise ConfigError for a name that is no column of the source."""
@@ -70,23 +69,26 @@ class PromptTemplate:
                 known = f"{nearest(name, columns)} Columns: {', '.join(columns)}"
                 raise ConfigError(f"{place}: the template uses {name!r}, which is no column of the source{known}")
 
-    def render(self, row: Mapping[str, Any]) -> dict[str, Any]:
+    def render(self, row: Mapping[str, Any], control: ControlTokens | None = None) -> dict[str, Any]:
         """Render one row.
+
+        Args:
+            control: control tokens, which are text where the row has them, and themselves where the template of a
+                prompt has them. (In messages all content is text: the chat template alone has control tokens.)
 
         Raises:
             RowError: TEMPLATE_ERROR; the message never holds the row's text.
         """
+        if self._roles is None and control is not None:
+            row = control.mark(dict(row))
         try:
-            texts = [template.render({ROW_NAME: row, **row}) for template in self._compiled]
+            texts = [_ENVIRONMENT.render(template, {ROW_NAME: row, **row}) for template in self._compiled]
         except RowError:
             raise
-        except TemplateError as error:
-            raise RowError(ErrorType.TEMPLATE_ERROR, f"{type(error).__name__}: {error.message}") from None
         except Exception as error:
-            # The text of a Python error may quote the value that it choked on, so only its type is told.
-            raise RowError(ErrorType.TEMPLATE_ERROR, f"the template raised {type(error).__name__}") from None
+            raise RowError(ErrorType.TEMPLATE_ERROR, f"the template raised {describe(error, row)}") from None
         if self._roles is None:
-            return {"prompt": texts[0]}
+            return {"prompt": Templated.of(texts[0])}
         pairs = zip(self._roles, texts, strict=True)
         return {"messages": [{"role": role, "content": text} for role, text in pairs]}
 

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from rayinfer.config import EngineConfig
-from rayinfer.errors import ErrorType, RowError
+from rayinfer.errors import ErrorType, RowError, describe
 from rayinfer.processors import columns as col
 from rayinfer.processors.llm_processor import INPUTS, sampling_defaults, with_defaults
 from rayinfer.sampling import SamplingParams
@@ -33,10 +33,13 @@ class Prepare:
         batch_size: int,
         on_error: str,
     ):
+        from rayinfer.chat import ControlTokens
         from rayinfer.inputs import InputProcessor
 
         self._inputs = InputProcessor(engine, chat_template, chat_template_kwargs)
         self._preprocess = preprocess
+        if hasattr(preprocess, "control_tokens") and self._inputs.tokenizer is not None:  # it renders a template itself
+            preprocess.control_tokens = ControlTokens(self._inputs.tokenizer)
         self._defaults = sampling_defaults(sampling_params)
         self._batch_size = batch_size
         self._on_error = on_error
@@ -50,13 +53,13 @@ class Prepare:
     def _encode(self, table: pa.Table) -> pa.Table:
         table = col.without(table, col.HIDDEN)
         rows = table.to_pylist()
-        added: list[dict[str, Any] | None] = []
+        packed: list[bytes | None] = []
         asked: dict[int, Mapping[str, Any]] = {}
         results: dict[int, Any] = {}  # EncodedRow or RowError
         for index, row in enumerate(rows):
-            added.append(None)
+            packed.append(None)
             try:
-                added[index] = new = self._added(row)
+                new, packed[index] = self._added(row)
                 asked[index] = self._request(row, new)
             except RowError as error:
                 results[index] = error
@@ -73,24 +76,23 @@ class Prepare:
                 hidden.append({col.FAILED_TYPE: str(result.type), col.FAILED_MESSAGE: str(result)})
         arrays = col.table_of(hidden, col.ENCODED)
         if self._preprocess is not None:
-            packed = [None if new is None else col.pack(new) for new in added]
             arrays[col.ROW] = pa.array(packed, pa.binary())
         return col.with_columns(table, arrays)
 
-    def _added(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """What the user's function makes of a row. Raises RowError."""
+    def _added(self, row: Mapping[str, Any]) -> tuple[dict[str, Any], bytes | None]:
+        """What the user's function makes of a row, and that packed. Raises RowError."""
         if self._preprocess is None:
-            return {}
+            return {}, None
         try:
             new = self._preprocess(dict(row))
+            if isinstance(new, Mapping):
+                new = dict(new)
+                return new, col.pack(new)
         except RowError:  # the function says itself what is wrong with the row
             raise
-        except Exception as error:
-            text = f"preprocess raised {type(error).__name__}: {error}"
-            raise RowError(ErrorType.PREPROCESS_ERROR, text) from error
-        if not isinstance(new, Mapping):
-            raise RowError(ErrorType.PREPROCESS_ERROR, f"preprocess returned {type(new).__name__}, want a dict")
-        return dict(new)
+        except (Exception, SystemExit) as error:  # what it returned may not pickle
+            raise RowError(ErrorType.PREPROCESS_ERROR, f"preprocess raised {describe(error, row)}") from None
+        raise RowError(ErrorType.PREPROCESS_ERROR, f"preprocess returned {type(new).__name__}, want a dict")
 
     def _request(self, row: Mapping[str, Any], new: Mapping[str, Any]) -> Mapping[str, Any]:
         """The input columns of a row; a prompt of whatever kind made by preprocess hides those of the table."""
@@ -126,10 +128,9 @@ def finish(table: pa.Table, postprocess: RowFunction | None, on_error: str) -> p
             result = postprocess(dict(row))
             if not isinstance(result, Mapping):
                 raise TypeError(f"it returned {type(result).__name__}, want a dict")
-        except Exception as problem:  # the user's code raises what it likes
+        except (Exception, SystemExit) as problem:  # the user's code raises what it likes
             result = None
-            text = f"postprocess raised {type(problem).__name__}: {problem}"
-            error = error or RowError(ErrorType.POSTPROCESS_ERROR, text)
+            error = error or RowError(ErrorType.POSTPROCESS_ERROR, f"postprocess raised {describe(problem, row)}")
             row.update(error_type=str(error.type), error_message=str(error))
         if error is not None and not failed and on_error == "raise":
             col.raise_row(error, row, index)
@@ -214,14 +215,14 @@ def _input_array(name: str, values: Sequence[Any]) -> pa.Array:
     for value in values:
         try:
             fitted.append(None if value is None else _fit(name, value))
-        except (TypeError, ValueError, AttributeError):
+        except (TypeError, ValueError, AttributeError, RecursionError):
             fitted.append(None)
     return pa.array(fitted, _INPUT_TYPES[name])
 
 
 def _fit(name: str, value: Any) -> Any:
     if name == "prompt_token_ids":
-        return [int(id) for id in value]
+        return np.array([int(id) for id in value], np.int32).tolist()  # one that does not fit raises
     if name == "messages":
         return [{key: _text(message[key]) for key in ("role", "content") if key in message} for message in value]
     if isinstance(value, SamplingParams):
@@ -230,7 +231,15 @@ def _fit(name: str, value: Any) -> Any:
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    return _utf8(value if isinstance(value, str) else json.dumps(value))
+
+
+def _utf8(value: Any) -> str:
+    """Text that Arrow can take: a string may hold halves of surrogate pairs, an object refuse to be printed."""
+    try:
+        return str(value).encode(errors="backslashreplace").decode()
+    except Exception:
+        return f"<{type(value).__name__}>"
 
 
 def to_array(values: Sequence[Any], like: Sequence[Any] | None = None) -> pa.Array:
@@ -245,5 +254,5 @@ def to_array(values: Sequence[Any], like: Sequence[Any] | None = None) -> pa.Arr
         if pa.types.is_null(array.type) and like is not None:
             array = array.cast(pa.array(like).type)
         return array
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError):
-        return pa.array([None if value is None else str(value) for value in values], pa.string())
+    except (pa.ArrowException, ValueError, TypeError, OverflowError, RecursionError):
+        return pa.array([None if value is None else _utf8(value) for value in values], pa.string())

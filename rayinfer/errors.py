@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+
+_QUOTE = 8  # characters that an error may repeat of a row
+_MAX_TEXT = 400  # characters of an exception's text
+_MAX_SHOWN = 60  # characters of a value
+_MAX_LINES = 8
 
 
 class ErrorType(StrEnum):
@@ -25,10 +31,10 @@ class ErrorType(StrEnum):
 
 
 class RowError(ValueError):
-    """One row cannot be answered. `type` goes to `error_type`, the text to `error_message`."""
+    """One row cannot be answered. `type` goes to `error_type`, the text to `error_message`, so it is valid UTF-8."""
 
     def __init__(self, type: ErrorType, message: str):
-        super().__init__(message)
+        super().__init__(message.encode(errors="backslashreplace").decode())
         self.type = type
 
     def __reduce__(self):
@@ -43,6 +49,42 @@ class UnsupportedModelError(ConfigError):
     """The architecture cannot run on the paged engine."""
 
 
+def describe(error: BaseException, row: Any) -> str:
+    """`Type (file:line): text` of what a user's function or a template raised, less what the text quotes of the row.
+
+    Cut out is every run of _QUOTE characters that one of the row's strings holds too, in whatever case; shorter ones,
+    and what was computed from the row, stay. The line is where the function was left.
+    """
+    try:
+        text = " ".join(str(error).split())[:_MAX_TEXT]
+    except Exception:  # str() of a user's exception is the user's code
+        text = ""
+    own = "\0".join(" ".join(part.split()) for part in _strings(row)).casefold()
+    cut = [False] * len(text)
+    for start in range(len(text) - _QUOTE + 1):
+        if text[start : start + _QUOTE].casefold() in own:
+            cut[start : start + _QUOTE] = [True] * _QUOTE
+    kept = "".join("\0" if hidden else char for char, hidden in zip(text, cut, strict=True))
+    text = "[...]".join(part for part in kept.split("\0") if part) if any(cut) else text
+    trace = error.__traceback__ and error.__traceback__.tb_next  # the first frame is the one that caught it
+    place = f" ({os.path.basename(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno})" if trace else ""
+    return f"{type(error).__name__}{place}: {text}" if text else f"{type(error).__name__}{place}"
+
+
+def _strings(value: Any) -> Iterable[str]:
+    left = [value]
+    while left:
+        item = left.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, bytes):
+            yield item.decode(errors="replace")
+        elif isinstance(item, Mapping):
+            left += item.values()
+        elif isinstance(item, list | tuple):
+            left += item
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return `; did you mean 'x'?` for the closest known name, or an empty string."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
@@ -55,20 +97,22 @@ def explain_validation(error: ValidationError, model: type[BaseModel], place: st
     Values are shown by type when they are long: a row's text must not reach a log through an error.
     """
     lines = []
-    for entry in error.errors(include_url=False):
-        field = ".".join(str(part) for part in entry["loc"])
+    entries = error.errors(include_url=False)
+    for entry in entries[:_MAX_LINES]:
+        field = ".".join(str(part)[:_MAX_SHOWN] for part in entry["loc"])
         if entry["type"] == "extra_forbidden":
             fields = _fields_at(model, entry["loc"][:-1])
             known = ", ".join(sorted(fields))
-            lines.append(f"{place}: unknown key {field!r}{nearest(str(entry['loc'][-1]), fields)} Known keys: {known}")
+            lines.append(f"{place}: unknown key {field!r}{nearest(field.split('.')[-1], fields)} Known keys: {known}")
             continue
         value: Any = entry.get("input")
         shown = repr(value)
-        if len(shown) > 60:
+        if len(shown) > _MAX_SHOWN:
             shown = f"a {type(value).__name__}"
         message = entry["msg"].removeprefix("Value error, ")
         lines.append(f"{place}: {field or 'value'} = {shown}: {message}")
-    return "\n".join(lines)
+    more = [f"{place}: and {len(entries) - _MAX_LINES} more"] if len(entries) > _MAX_LINES else []
+    return "\n".join(lines + more)
 
 
 def _fields_at(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:

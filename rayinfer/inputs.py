@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from rayinfer.chat import START, ChatTemplate, encode_marked, unmarked
 from rayinfer.config import EngineConfig
-from rayinfer.errors import ConfigError, ErrorType, RowError
+from rayinfer.errors import ConfigError, ErrorType, RowError, describe
 from rayinfer.models.load import inspect_model
 from rayinfer.sampling import SamplingParams
 
@@ -82,7 +84,13 @@ class InputProcessor:
         """The same tokenizer and limits with another chat template."""
         other = copy.copy(self)
         other._chat_template, other._chat_template_kwargs = chat_template, dict(chat_template_kwargs or {})
+        other.__dict__.pop("_chat", None)
         return other
+
+    @cached_property
+    def _chat(self) -> ChatTemplate:
+        assert self.tokenizer is not None
+        return ChatTemplate(self.tokenizer, self._chat_template, self._chat_template_kwargs)
 
     def encode(self, row: Mapping[str, Any]) -> EncodedRow:
         """Encode one row. Raises RowError with the type that its error column gets."""
@@ -107,9 +115,16 @@ class InputProcessor:
                     results[index] = self._checked(self._ids(value), params, None)
                 else:
                     text = self._text(value) if kind == "prompt" else self._render(value)
-                    texts[kind == "prompt"].append((index, text, params))
+                    marked = getattr(value, "marked", None) if kind == "prompt" else text if START in text else None
+                    if marked is not None and self.tokenizer is not None:
+                        apart = encode_marked(self.tokenizer, marked, add_special_tokens=kind == "prompt")
+                        results[index] = self._checked(apart, params, unmarked(text))
+                    else:
+                        texts[kind == "prompt"].append((index, text, params))
             except RowError as error:
                 results[index] = error
+            except Exception as error:  # values nested too deeply, a mapping that is none
+                results[index] = RowError(ErrorType.INVALID_PROMPT, f"the row's input: {describe(error, row)}")
         for add_special_tokens, entries in texts.items():
             ids_of = self._tokenize([text for _, text, _ in entries], add_special_tokens)
             for (index, text, params), ids in zip(entries, ids_of, strict=True):
@@ -167,17 +182,12 @@ class InputProcessor:
                 raise RowError(
                     ErrorType.INVALID_PROMPT, f"messages[{number}].content: want a string, got {type(content).__name__}"
                 )
-        assert self.tokenizer is not None
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages,
-                chat_template=self._chat_template,
-                tokenize=False,
-                add_generation_prompt=True,
-                **self._chat_template_kwargs,
-            )
+            text = self._chat.render(messages)
+        except RowError:
+            raise
         except Exception as error:  # templates raise whatever they like
-            raise RowError(ErrorType.TEMPLATE_ERROR, f"chat template: {type(error).__name__}: {error}") from error
+            raise RowError(ErrorType.TEMPLATE_ERROR, f"chat template: {describe(error, messages)}") from None
         return self._text(text)
 
     def _joined(self, parts: Iterable[Any], number: int) -> str:
@@ -230,7 +240,7 @@ def check_length(num_tokens: int, max_model_len: int) -> None:
 
 def _plain(value: Any) -> Any:
     """Undo what Arrow and numpy make of nested values; struct fields that are None count as absent."""
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
     if isinstance(value, Mapping):
         return {key: _plain(inner) for key, inner in value.items() if inner is not None}

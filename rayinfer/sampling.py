@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, field_validator, model_validator
 
 from rayinfer.errors import ErrorType, RowError, explain_validation
 
 MAX_LOGPROBS = 20
+_NUMBERS = ("temperature", "top_k", "top_p", "min_p", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs")
 
 
 class SamplingParams(BaseModel):
@@ -26,7 +29,7 @@ class SamplingParams(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
     temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False, description="0 is greedy")] = 1.0
-    top_k: Annotated[int, Field(ge=-1, description="keep the k likeliest tokens; 0 and -1 keep all")] = 0
+    top_k: Annotated[int, Field(ge=-1, lt=2**31, description="keep the k likeliest tokens; 0 and -1 keep all")] = 0
     top_p: Annotated[float, Field(gt=0, le=1, description="keep the likeliest tokens that hold this mass")] = 1.0
     min_p: Annotated[float, Field(ge=0, le=1, description="drop tokens below this share of the likeliest")] = 0.0
     seed: Annotated[int | None, Field(ge=0, lt=2**63, description="the row's own random stream")] = None
@@ -34,31 +37,39 @@ class SamplingParams(BaseModel):
     min_tokens: Annotated[int, Field(ge=0, description="no EOS or stop token before this many tokens")] = 0
     stop: Annotated[tuple[str, ...], Field(description="strings that end the row")] = ()
     stop_token_ids: Annotated[tuple[int, ...], Field(description="token ids that end the row")] = ()
-    include_stop_str_in_output: bool = False
-    ignore_eos: bool = False
+    include_stop_str_in_output: StrictBool = False
+    ignore_eos: StrictBool = False
     logprobs: Annotated[int | None, Field(ge=0, le=MAX_LOGPROBS, description="top-n per generated token")] = None
     prompt_logprobs: Annotated[int | None, Field(ge=0, le=MAX_LOGPROBS, description="top-n per prompt token")] = None
-    skip_special_tokens: bool = True
-    detokenize: bool = True
+    skip_special_tokens: StrictBool = True
+    detokenize: StrictBool = True
+
+    @field_validator(*_NUMBERS, mode="before")
+    @classmethod
+    def _only_numbers(cls, value: Any) -> Any:
+        if isinstance(value, bool | str | bytes):  # pydantic would make numbers of them
+            raise ValueError(f"want a number, got {type(value).__name__}")
+        return value.item() if isinstance(value, np.generic) else value
 
     @field_validator("stop", mode="before")
     @classmethod
     def _stop_as_tuple(cls, value: Any) -> Any:
-        if value is None:
-            return ()
-        return (value,) if isinstance(value, str) else value
-
-    @field_validator("stop")
-    @classmethod
-    def _stop_not_empty(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if any(not text for text in value):
-            raise ValueError("a stop string may not be empty")
+        value = () if value is None else (value,) if isinstance(value, str | bytes) else value
+        if isinstance(value, Sequence):
+            for text in value:
+                if not isinstance(text, str) or text.encode(errors="ignore").decode() != text:
+                    raise ValueError("want strings that can be written as UTF-8")
+                if not text:
+                    raise ValueError("a stop string may not be empty")
         return value
 
     @field_validator("stop_token_ids", mode="before")
     @classmethod
     def _ids_as_tuple(cls, value: Any) -> Any:
-        return () if value is None else value
+        value = () if value is None else value.tolist() if isinstance(value, np.ndarray) else value
+        if isinstance(value, Sequence) and any(isinstance(item, bool | str | bytes) for item in value):
+            raise ValueError("want token ids, integers")
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> SamplingParams:

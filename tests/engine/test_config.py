@@ -56,7 +56,7 @@ def test_engine_config_is_frozen_and_travels():
         ({"temperature": -0.1}, ["sampling_params: temperature = -0.1", "greater than or equal to 0"]),
         ({"temperature": float("nan")}, ["temperature = nan", "finite"]),
         ({"temperature": float("inf")}, ["temperature = inf"]),
-        ({"temperature": "hot"}, ["temperature = 'hot'", "valid number"]),
+        ({"temperature": "hot"}, ["temperature = 'hot'", "want a number, got str"]),
         ({"top_k": -2}, ["top_k = -2", "greater than or equal to -1"]),
         ({"top_k": 1.5}, ["top_k = 1.5", "valid integer"]),
         ({"top_p": 0}, ["top_p = 0", "greater than 0"]),
