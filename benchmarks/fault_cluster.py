@@ -85,7 +85,7 @@ def two_nodes(t: Trial) -> None:
     lose_nodes(t, 2)
 
 
-@kind("all nodes lost, then back", KINDS)
+@kind("all nodes lost and back", KINDS)
 def all_nodes(t: Trial) -> None:
     """All three nodes die at a random time; some seconds later there are three new ones."""
     lose_nodes(t, NUM_NODES)

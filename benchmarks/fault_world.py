@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -150,6 +151,9 @@ class World:
         shutil.copy(Path(__file__).with_name("fault_hooks.py"), self.site / "sitecustomize.py")
         os.environ |= {"PYTHONPATH": f"{self.site}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
         os.environ |= {"HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+        # On a busy machine a raylet that lives may be late; one that is dead refuses the connection at once.
+        os.environ |= {"RAY_health_check_timeout_ms": "60000", "RAY_health_check_failure_threshold": "8"}
+        fsspec.register_implementation("s3", "benchmarks.fault_bucket.DiskBucket", clobber=True)
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["benchmarks.fault_preload"])
         (self.site / "letters.json").write_text(json.dumps(save_tiny_llama(folder / "model")))

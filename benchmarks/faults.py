@@ -106,7 +106,8 @@ def main() -> int:
         chosen.setdefault(name, []).extend([int(seed)] if seed else seeds)
     if unknown := set(chosen) - set(ALL):
         parser.error(f"unknown kinds {sorted(unknown)}; --list shows them")
-    runs = sorted((kind in fault_cluster.KINDS, seed, kind) for kind, some in chosen.items() for seed in some)
+    order = list(ALL)  # those on a cluster come last
+    runs = [(kind in fault_cluster.KINDS, seed, order.index(kind)) for kind, some in chosen.items() for seed in some]
     records = []
     if options.records and options.records.exists():
         records = [json.loads(line) for line in options.records.read_text().splitlines()]
@@ -114,7 +115,8 @@ def main() -> int:
     world = World(folder, address=options.address or "")
     new = []
     try:
-        for _, seed, kind in runs:
+        for _, seed, number in sorted(runs):
+            kind = order[number]
             if kind in fault_cluster.KINDS and world.nodes is None:
                 world.nodes = fault_cluster.Nodes(world)
             record = play(world, kind, seed)
