@@ -218,6 +218,9 @@ class Adversary:
         self._results[handle] = (only, blocks)
         return handle
 
+    def hurry(self) -> bool:
+        return False
+
     def ended(self, handles: list[Any], seconds: float) -> list[Any]:
         return self.rng.sample(handles, self.rng.randint(1, len(handles)))
 

@@ -20,11 +20,13 @@ from rayinfer.pipelines.job import SinkSpec
 from rayinfer.pipelines.keys import unpack_rows
 from rayinfer.pipelines.log import CommitLog, Part
 from rayinfer.pipelines.sinks import PartWriter
+from rayinfer.processors.ray_compat import ending_nodes
 
 MAX_FRUITLESS_ROUNDS = 3
 MAX_WRITES = 4  # write tasks at once
 PART_BYTES = 256 * 2**20  # of the rows in memory: a writer holds a part several times over
 DRAIN_SECONDS = 10.0  # what a job that is stopped may take to commit what is finished
+LAST_SECONDS = 5.0  # between two flushes while a node that may hold blocks is about to end
 _POLL_SECONDS = 0.1
 
 Block = tuple[Any, int, int]  # reference, rows, bytes
@@ -37,6 +39,7 @@ class RayWrites:
     def __init__(self, writer: PartWriter):
         options: Any = {"num_cpus": 0, "max_retries": 3, "retry_exceptions": [OSError]}
         self._writer, self._task = ray.put(writer), ray.remote(**options)(_write)
+        self._hurry, self._asked = False, 0.0
 
     def start(self, only: np.ndarray | None, blocks: list[Any]) -> Any:
         """Begin a PartWriter's call; returns its handle."""
@@ -54,6 +57,12 @@ class RayWrites:
             if isinstance(error, ray.exceptions.RayTaskError) and not isinstance(error.cause, ray.exceptions.RayError):
                 raise
             return None
+
+    def hurry(self) -> bool:
+        """Whether a node is about to end, and blocks with it. They would be computed again."""
+        if time.monotonic() - self._asked > LAST_SECONDS / 2:
+            self._hurry, self._asked = bool(ending_nodes()), time.monotonic()
+        return self._hurry
 
 
 def _write(writer: PartWriter, only: np.ndarray | None, *blocks: Any) -> Written:
@@ -115,7 +124,8 @@ class _Round:
 
     def _is_due(self) -> bool:
         rows, num_bytes = (sum(block[i] for block in self.group) for i in (1, 2))
-        late = time.monotonic() - self.oldest >= self.sink.flush_seconds
+        waited = time.monotonic() - self.oldest
+        late = waited >= self.sink.flush_seconds or (waited >= LAST_SECONDS and self.writes.hurry())
         return rows >= self.sink.rows_per_part or num_bytes >= PART_BYTES or late
 
     def _flush(self) -> None:
@@ -159,9 +169,10 @@ class _Pump:
     def __exit__(self, *exc: object) -> None:
         """End the iteration where it is: Ray then stops the dataset's tasks and actors."""
         self._stop = True
-        thread = ctypes.c_ulong(self._thread.ident or 0)
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(SystemExit))
-        self._thread.join(timeout=DRAIN_SECONDS)
+        if self._thread.is_alive():  # else its number may be another thread's by now
+            thread = ctypes.c_ulong(self._thread.ident or 0)
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(SystemExit))
+            self._thread.join(timeout=DRAIN_SECONDS)
 
     def get(self, seconds: float) -> Block | None:
         """The next block; None if none came in time, or all have come (`ended`). Raises _Failed."""

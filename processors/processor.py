@@ -13,7 +13,7 @@ from rayinfer.config import EngineConfig
 from rayinfer.errors import ConfigError
 from rayinfer.processors.config import Concurrency, EngineProcessorConfig, bounds
 from rayinfer.processors.llm_processor import LLMProcessor
-from rayinfer.processors.ray_compat import cluster_resources, map_blocks
+from rayinfer.processors.ray_compat import cluster_resources, map_blocks, wait_for_slow_rows
 from rayinfer.processors.stages import Prepare, RowFunction, finish
 
 
@@ -68,7 +68,7 @@ class Processor:
             ConfigError: the model, its tokenizer or the resources cannot do; no engine has started then.
         """
         config = self.config
-        num_cpus, num_gpus, prepare_cpus = self._resources()
+        num_cpus, num_gpus, prepare_cpus, num_engines = self._resources()
         engine = config.engine_config()
         if engine.device == "auto":
             engine = engine.model_copy(update={"device": "cuda" if num_gpus else "cpu"})
@@ -113,8 +113,11 @@ class Processor:
             batch_format="pyarrow",
             compute=actor_pool(
                 config.concurrency,
-                # Ray grows a pool only when its actors have near twice the calls that they can run, its default.
+                # Ray grows a pool only when its actors have near twice the calls that they can run, its default, and
+                # only into nodes that are there. For actors that wait from the start its autoscaler brings nodes at
+                # once; Ray gives waiting ones up after 10 s, and asks again when there is a node.
                 max_tasks_in_flight_per_actor=num_calls + 2 if low == high else None,
+                initial_size=num_engines,
             ),
             max_concurrency=num_calls,
             num_cpus=num_cpus,
@@ -124,16 +127,18 @@ class Processor:
         finish_kwargs = dict(self.postprocess_map_kwargs)
         if "concurrency" in finish_kwargs:
             finish_kwargs["compute"] = TaskPoolStrategy(size=bounds(finish_kwargs.pop("concurrency"))[1])
-        return dataset.map_batches(
+        dataset = dataset.map_batches(
             cast(Any, finish),
             fn_kwargs={"postprocess": self.postprocess, "on_error": config.on_error},
             batch_size=num_seqs,  # rows that end in the time that one row takes: blocks neither tiny nor late
             batch_format="pyarrow",
             **finish_kwargs,
         )
+        wait_for_slow_rows(dataset)
+        return dataset
 
-    def _resources(self) -> tuple[float, float, float]:
-        """CPUs and GPUs of one engine, and CPUs of one tokenizer actor.
+    def _resources(self) -> tuple[float, float, float, int]:
+        """CPUs and GPUs of one engine, CPUs of one tokenizer actor, and engines to begin with: all that will fit.
 
         Actors hold their CPUs as long as the job runs. When they hold all of them, the read tasks wait for ever,
         without a word, so one CPU is left: by taking less, or by refusing what the user asked for.
@@ -146,7 +151,8 @@ class Processor:
         if num_gpus is None:
             wants_gpu = config.accelerator_type is not None or device.startswith("cuda")
             num_gpus = 1.0 if wants_gpu or (device == "auto" and total_gpus > 0) else 0.0
-        engines, tokenizers = bounds(config.concurrency)[0], bounds(config.tokenizer_concurrency)[0]
+        engines, most = bounds(config.concurrency)
+        tokenizers = bounds(config.tokenizer_concurrency)[0]
         prepare_cpus = self.preprocess_map_kwargs.get("num_cpus")
         given = engines * (config.num_cpus or 0) + tokenizers * (prepare_cpus or 0)
         if given and given > total_cpus - 1:
@@ -157,7 +163,10 @@ class Processor:
         wanted = given + engines * (config.num_cpus is None) + tokenizers * (prepare_cpus is None)
         default = 1.0 if wanted <= total_cpus - 1 else 0.0
         num_cpus = default if config.num_cpus is None else config.num_cpus
-        return num_cpus, num_gpus, default if prepare_cpus is None else prepare_cpus
+        prepare_cpus = default if prepare_cpus is None else prepare_cpus
+        room = [(total_gpus, num_gpus), (total_cpus - 1 - tokenizers * prepare_cpus, num_cpus)]
+        fitting = min([most, *(int(total // each) for total, each in room if each)])
+        return num_cpus, num_gpus, prepare_cpus, max(engines, fitting)
 
 
 def actor_pool(size: Concurrency, **kwargs: Any) -> ActorPoolStrategy:

@@ -8,6 +8,8 @@ turns that off for our functions alone; the setting on the DataContext would cha
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -21,6 +23,8 @@ from ray.data._internal.output_buffer import OutputBlockSizeOption
 from ray.data.block import BlockAccessor, DataBatch
 
 logger = logging.getLogger(__name__)
+
+_GUARD = "execution_no_progress_timeout_s"
 
 
 class _KeepYieldedBlocks(Rule):
@@ -74,6 +78,29 @@ def finished_blocks(dataset: Dataset) -> Generator[tuple[ray.ObjectRef, int, int
     for bundle in dataset.iter_internal_ref_bundles():
         for ref, metadata in zip(bundle.block_refs, bundle.metadata, strict=True):
             yield ref, metadata.num_rows or 0, metadata.size_bytes or 0
+
+
+def wait_for_slow_rows(dataset: Dataset) -> None:
+    """Let a dataset run for as long as its rows take.
+
+    Newer Rays end a run in which no block moves for 30 minutes, unless their user has said otherwise. A full engine of
+    long answers can take longer, and so can a node to come; a step that hangs is noticed by the engine.
+    """
+    from ray.data import context
+
+    if getattr(dataset.context, _GUARD, None) == getattr(context, f"DEFAULT_{_GUARD.upper()}", None) is not None:
+        setattr(dataset.context, _GUARD, -1.0)
+
+
+def ending_nodes() -> dict[str, float]:
+    """Ids of the nodes that were told to end ("draining"), with the seconds left; inf where nobody said how many."""
+    nodes = ray._private.state.state.get_draining_nodes()
+    return {id: at_ms / 1000 - time.time() if at_ms else math.inf for id, at_ms in nodes.items()}
+
+
+def restart_actor() -> None:
+    """End the actor whose process this is; Ray starts it again, on a node that stays, and runs its calls again."""
+    ray.kill(ray.get_runtime_context().current_actor, no_restart=False)
 
 
 def task_attempt() -> int:

@@ -26,7 +26,7 @@ class StatsBoard:
         self._engines[engine_id] = (time.monotonic(), dict(stats))
 
     def snapshot(self) -> dict[str, float]:
-        """Sums over the engines, `kv_usage` as their mean, and `num_engines` that reported of late."""
+        """Sums over the engines, `kv_usage` as their mean, and of `num_engines` that reported of late, `num_busy`."""
         now = time.monotonic()
         fresh = [stats for at, stats in self._engines.values() if now - at < _FRESH_S]
         total: dict[str, float] = {"num_engines": len(fresh)}
@@ -36,6 +36,7 @@ class StatsBoard:
                     total[name] = total.get(name, 0) + value
         for name in _GAUGES:
             total[name] = sum(stats[name] for stats in fresh)
+        total["num_busy"] = sum(stats["num_running"] > 0 for stats in fresh)
         total["kv_usage"] = sum(stats["kv_usage"] for stats in fresh) / max(1, len(fresh))
         return total
 
