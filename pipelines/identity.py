@@ -43,7 +43,7 @@ def fingerprint(spec: JobSpec, listing: Listing) -> dict[str, Any]:
         "messages": [message.model_dump() for message in spec.messages or ()],
         "model": engine | {"files": _model_files(spec.model.model)},
         "sampling": spec.sampling.model_dump(exclude_defaults=True),
-        "sink": spec.sink.model_dump(exclude_defaults=True, include={"format", "columns"}),
+        "sink": spec.sink.model_dump(exclude_defaults=True, include={"format", "table", "columns"}),
     }
     if spec.model.tokenizer is not None:
         tree["tokenizer"] = {"files": _model_files(spec.model.tokenizer)}
@@ -136,6 +136,8 @@ def claim_job(store: Store, spec: JobSpec, fingerprint: dict[str, Any], census: 
     public = spec.model_dump(mode="json", exclude_unset=True)
     for part in ("source", "sink"):
         public[part]["uri"] = bare_uri(public[part]["uri"])
+    if (public["sink"].get("catalog") or {}).get("uri"):
+        public["sink"]["catalog"]["uri"] = bare_uri(public["sink"]["catalog"]["uri"])
     job = {
         "id": uuid.uuid4().hex[:8],
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
 from rayinfer.config import EngineConfig
 from rayinfer.errors import ConfigError, explain_validation
@@ -15,6 +15,7 @@ from rayinfer.pipelines.template import PromptTemplate
 from rayinfer.sampling import SamplingParams
 
 FileFormat = Literal["parquet", "jsonl", "csv"]
+TableFormat = Literal["delta", "iceberg"]
 
 
 class _Spec(BaseModel):
@@ -48,12 +49,48 @@ class ProcessorSpec(_Spec):
         return value
 
 
+class CatalogSpec(_Spec):
+    """An Iceberg catalog, as pyiceberg knows it; what is not given here it takes from its own configuration."""
+
+    name: Annotated[str, Field(min_length=1, description="as in .pyiceberg.yaml")] = "default"
+    type: Annotated[str | None, Field(description="rest, sql, glue, hive, ...")] = None
+    uri: str | None = None
+    warehouse: str | None = None
+    properties: Annotated[dict[str, SecretStr], Field(exclude=True, description="others; kept nowhere")] = {}
+
+    @field_validator("properties", mode="before")
+    @classmethod
+    def _strings(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {key: str(item).lower() if isinstance(item, bool) else str(item) for key, item in value.items()}
+
+    def settings(self) -> dict[str, str]:
+        """What pyiceberg's load_catalog takes."""
+        plain = self.model_dump(include={"type", "uri", "warehouse"}, exclude_none=True)
+        return plain | {key: value.get_secret_value() for key, value in self.properties.items()}
+
+
 class SinkSpec(_Spec):
     uri: Annotated[str, Field(min_length=1, description="folder; any fsspec URI that all nodes reach")]
-    format: FileFormat = "parquet"
+    format: FileFormat | TableFormat = "parquet"
+    table: Annotated[str | None, Field(pattern=r"^.+\..+$", description="Iceberg: namespace.name")] = None
+    catalog: Annotated[CatalogSpec | None, Field(description="Iceberg: where the table's name is kept")] = None
     rows_per_part: Annotated[int, Field(ge=1, description="a part is written when so many rows are finished")] = 5000
     flush_seconds: Annotated[float, Field(gt=0, description="or when a row has been finished for so long")] = 60.0
     columns: Annotated[list[str] | None, Field(description="source columns to keep; default: all read")] = None
+
+    @model_validator(mode="after")
+    def _table_named(self) -> SinkSpec:
+        for name in ("table", "catalog"):
+            if (getattr(self, name) is None) == (self.format == "iceberg"):
+                raise ValueError(f"{name} is given if format is iceberg, and only then")
+        return self
+
+    @property
+    def file_format(self) -> FileFormat:
+        """Of the parts."""
+        return "parquet" if self.format in ("delta", "iceberg") else self.format  # type: ignore[return-value]
 
 
 class JobSpec(_Spec):

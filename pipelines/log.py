@@ -111,22 +111,30 @@ class CommitLog:
         self._append("start")
         self.epoch = epoch
 
+    def check_last(self) -> None:
+        """Raises OutputTakenError if another driver has appended an entry."""
+        if self.store.size(self._name(self.length)) is not None:
+            self._taken()
+
     def commit(self, parts: Iterable[Part]) -> None:
         """Add parts with rows that are not done. Raises FileNotFoundError if the driver does not see them."""
         parts = list(parts)
         for part in parts:
             if self.store.size(part.name) != part.num_bytes:
-                if self.store.size(self._name(self.length)) is not None:
-                    self._taken()  # and so it was garbage
+                self.check_last()  # else it was garbage
                 raise FileNotFoundError(
                     f"{part.name}: a worker wrote it, but it is not in the output as the driver sees it; the folder "
                     "must be one that all nodes share"
                 )
         self._append("commit", add=parts)
 
+    def failed(self) -> list[str]:
+        """Parts of failed rows."""
+        return [name for name, part in self.parts.items() if part.errors]
+
     def replay(self) -> int:
         """Take the parts of failed rows out; returns how many rows are missing then that were done."""
-        failed = [name for name, part in self.parts.items() if part.errors]
+        failed = self.failed()
         before = self.num_missing
         if failed:
             self._append("replay", remove=failed)

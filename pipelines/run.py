@@ -33,6 +33,7 @@ from rayinfer.pipelines.report import NUM_SAMPLES, JobResult
 from rayinfer.pipelines.sinks import MARKER, PartWriter, check_apart, check_sink, output_schema
 from rayinfer.pipelines.sources import KEY, SOURCE, SOURCE_ERROR, Census, list_source, take_census
 from rayinfer.pipelines.store import META, Store
+from rayinfer.pipelines.tables import Table, open_table
 from rayinfer.pipelines.template import PromptTemplate
 from rayinfer.processors import EngineProcessorConfig, StatsBoard, build_processor
 from rayinfer.processors.ray_compat import finished_blocks
@@ -49,6 +50,7 @@ class Plan:
     schema: pa.Schema  # of the output
     log: CommitLog | None  # of the same job's earlier runs; None: it begins
     marker: dict[str, Any] | None  # of the success that the log tells of
+    table: Table | None = None  # that follows the log; None: the sink is files alone
 
 
 def prepare(spec: JobSpec, *, overwrite: bool = False) -> Plan:
@@ -71,7 +73,10 @@ def prepare(spec: JobSpec, *, overwrite: bool = False) -> Plan:
         log = CommitLog(store, job["id"], census.num_rows)
         marker = read_marker(store, log)
     spec.template().check_columns(census.schema.names)
-    plan = Plan(spec, store, same, census, output_schema(census, spec), log, marker)
+    table, schema = open_table(spec.sink, store), output_schema(census, spec)
+    if table is not None:
+        schema = table.fit(schema)
+    plan = Plan(spec, store, same, census, schema, log, marker, table)
     if marker is None:
         from rayinfer.inputs import load_tokenizer  # not for a job that is complete: transformers costs seconds
         from rayinfer.models.load import inspect_model
@@ -191,17 +196,18 @@ def _work(
             dataset: ray.data.Dataset | None = _dataset(plan, board.actor, log)  # refuses before anything is removed
             log = _take_over(plan, overwrite)
             if replay:
-                plan.store.remove([MARKER])
-                log.replay()
+                _take_failed_out(plan, log)
                 dataset = None
             result.begin(log)
-            sink = plan.spec.sink
-            writes = RayWrites(PartWriter(plan.store, sink.format, plan.schema, log.part_prefix, log.num_replays))
+            sink, table = plan.spec.sink, plan.table
+            writes = RayWrites(PartWriter(plan.store, sink.file_format, plan.schema, log.part_prefix, log.num_replays))
 
             def committed(written: Written) -> None:
                 times.enter("run")
                 result.samples = (result.samples + written[1])[:NUM_SAMPLES]
                 progress.written(log.done.count)
+                if table:
+                    table.follow(log)
 
             def blocks() -> Generator[Block, None, None]:
                 nonlocal dataset
@@ -212,6 +218,8 @@ def _work(
                 collect_all(blocks, log, writes, sink, committed)
             except KeyboardInterrupt:
                 progress.phase("stopping: ending the engines and Ray", counters=False)
+                if table:
+                    table.sync(log)
                 raise
             finally:
                 result.count(log)
@@ -229,10 +237,19 @@ def _take_over(plan: Plan, overwrite: bool) -> CommitLog:
         log = CommitLog(store, job["id"], plan.census.num_rows)
         log.load()
     log.start()
+    if plan.table:
+        plan.table.sync(log, first=True)
     replaced = [name for name in store.sizes() if part_ids([name]) & set(job["replaces"])]
     folders = [f"{META}/log-{id}/" for id in job["replaces"]]
     store.remove([*log.garbage(), *replaced, *folders, f"{META}/tmp/"])
     return log
+
+
+def _take_failed_out(plan: Plan, log: CommitLog) -> None:
+    plan.store.remove([MARKER])
+    if plan.table:
+        plan.table.sync(log, without=log.failed())
+    log.replay()
 
 
 def _finish(plan: Plan, log: CommitLog, result: JobResult, times: _Times) -> None:
@@ -243,6 +260,8 @@ def _finish(plan: Plan, log: CommitLog, result: JobResult, times: _Times) -> Non
     result.reason = check_equation(plan.census, log, plan.spec.sink.uri)
     if result.reason:
         return
+    if plan.table:
+        plan.table.sync(log)
     log.end()
     plan.store.remove(log.garbage())
     job = read_job(plan.store)

@@ -114,7 +114,7 @@ def output_schema(census: Census, spec: JobSpec) -> pa.Schema:
             )
     schema = pa.schema([*added, *(census.schema.field(name) for name in names), *results])
     for column in schema:
-        if sink.format != "parquet" and not _fits_text(column.type, nested=sink.format == "jsonl"):
+        if sink.file_format != "parquet" and not _fits_text(column.type, nested=sink.format == "jsonl"):
             raise ConfigError(
                 f"sink.format = {sink.format!r} cannot hold column {column.name!r} of type {column.type}; "
                 "leave it out with sink.columns, or write parquet"
@@ -195,7 +195,8 @@ def check_sink(sink: SinkSpec, *, overwrite: bool) -> Store:
         raise ConfigError(f"{place}: the folder cannot be written: {type(error).__name__}: {error}") from None
     if not exclusive:
         raise ConfigError(f"{place}: the store does not keep put-if-absent, so rows could be doubled; use another one")
-    other = [name for name in names if not name.startswith(PART_PREFIX) and name not in (MARKER, f"{META}/")]
+    ours = (MARKER, f"{META}/", {"delta": "_delta_log/", "iceberg": "metadata/"}.get(sink.format))
+    other = [name for name in names if not name.startswith(PART_PREFIX) and name not in ours]
     if other:
         raise ConfigError(f"{place}: holds {other[0]!r}, which no job wrote; name an empty folder")
     if not overwrite and set(names) - {f"{META}/"} and read_job(store) is None:

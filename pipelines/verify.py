@@ -13,18 +13,25 @@ import pyarrow.parquet as pq
 
 from rayinfer.errors import ConfigError
 from rayinfer.pipelines.identity import JOB, read_job
+from rayinfer.pipelines.job import SinkSpec
 from rayinfer.pipelines.keys import KeyDigest, find_duplicate
 from rayinfer.pipelines.log import CommitLog, Part
 from rayinfer.pipelines.sinks import MARKER
 from rayinfer.pipelines.sources import CHUNK_ROWS, KEY
 from rayinfer.pipelines.store import Store, open_store
+from rayinfer.pipelines.tables import Table, open_table
 from rayinfer.pipelines.textfiles import read_chunks
 
 MAX_TOLD = 5  # problems of one kind
 
 
-def verify(uri: str) -> tuple[list[tuple[str, str]], list[str]]:
+def verify(uri: str, sink: SinkSpec | None = None) -> tuple[list[tuple[str, str]], list[str]]:
     """Read the log and every part of an output; returns (name, value) facts, and what is wrong.
+
+    A Delta or Iceberg table is also read by its own library, and must have the same parts and the same keys.
+
+    Args:
+        sink: of the job, if its catalog needs what no log may keep; default: as the log has it.
 
     Memory: a bit a row and one part; hashes of the keys go to temporary files.
 
@@ -55,21 +62,45 @@ def verify(uri: str) -> tuple[list[tuple[str, str]], list[str]]:
         wrong.append(f"{len(strays)} part file(s) are not in the log, and none may read them (first: {strays[0]})")
     if not log.num_missing and MARKER not in store.sizes():
         wrong.append(f"all rows are done, but {MARKER} is missing; run the job again, it ends at once")
+    sink = sink or SinkSpec.model_validate({**job["job"]["sink"], "uri": uri})
+    table = open_table(sink, store)
+    view = _check_table(table, log, check.key_column, wrong) if table else ""
     facts = [
         ("rows", f"{census['num_rows']:,} in, {log.done.count - failed:,} ok + {failed:,} failed"),
         *(("", f"{name}: {count:,}") for name, count in errors.most_common()),
         ("keys", f"{digest.count:,} read, {'one or more' if duplicate is not None else 'none'} twice"),
         ("parts", f"{len(parts) - check.num_bad:,} of {len(parts):,} as they were written (bytes, sha256, rows, keys)"),
         ("log", f"{log.length:,} entries, {log.num_replays} replays"),
+        *([(sink.format, view)] if table else []),
     ]
     return facts, wrong
+
+
+def _check_table(table: Table, log: CommitLog, key_column: str, wrong: list[str]) -> str:
+    """What the table's own reader finds, in words; what is not the log's is noted."""
+    digest = KeyDigest()
+    try:
+        names = table.names(table.load()).keys()
+        for keys in table.keys(key_column) if names else ():
+            digest.add(keys)
+    except Exception as error:
+        wrong.append(f"the {table.sink.format} table cannot be checked: {table.say(error)}")
+        return "not readable"
+    for what, some in (("lacks", log.parts.keys() - names), ("still has", names - log.parts.keys())):
+        if some:
+            wrong.append(
+                f"the {table.sink.format} table {what} {len(some)} part(s), like {min(some)}; run the job again"
+            )
+    if names == log.parts.keys() and digest != log.digest():
+        wrong.append(f"the {table.sink.format} table has the parts of the log, but its reader finds other keys in them")
+    return f"{len(names):,} parts, {digest.count:,} keys"
 
 
 class _PartCheck:
     """Reads parts and compares them with what the log says of them."""
 
     def __init__(self, store: Store, key_column: str):
-        self._store, self._key_column = store, key_column
+        self._store, self.key_column = store, key_column
         self._checked: set[str] = set()
         self.wrong: list[str] = []
         self.num_bad = 0
@@ -99,10 +130,10 @@ class _PartCheck:
     def _read(self, name: str, data: bytes) -> Iterator[tuple[list[str], list[str]]]:
         """Keys and error types, some rows at a time."""
         if name.endswith(".parquet"):
-            table = pq.read_table(io.BytesIO(data), columns=[self._key_column, "error_type"])
-            yield table[self._key_column].cast(pa.string()).to_pylist(), table["error_type"].drop_null().to_pylist()
+            table = pq.read_table(io.BytesIO(data), columns=[self.key_column, "error_type"])
+            yield table[self.key_column].cast(pa.string()).to_pylist(), table["error_type"].drop_null().to_pylist()
             return
         path = f"{self._store.folder}/{name}"
         chunks: Iterator[Any] = read_chunks(self._store.fs, path, name.rpartition(".")[2], CHUNK_ROWS)
         for columns, _ in chunks:
-            yield [str(key) for key in columns[self._key_column]], [value for value in columns["error_type"] if value]
+            yield [str(key) for key in columns[self.key_column]], [value for value in columns["error_type"] if value]
