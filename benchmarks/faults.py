@@ -54,10 +54,15 @@ def play(world: World, kind: str, seed: int) -> dict[str, Any]:
     return {"kind": kind, "seed": seed, **found, "wrong": problem, **facts}
 
 
+def latest(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The last run of each kind and seed."""
+    return list({(record["kind"], record["seed"]): record for record in records}.values())
+
+
 def summary(records: list[dict[str, Any]]) -> list[list[Any]]:
     rows = []
     for kind in ALL:
-        some = list({record["seed"]: record for record in records if record["kind"] == kind}.values())
+        some = [record for record in records if record["kind"] == kind]
         if some:
             counts = [sum(record[name] for record in some) for name in ("struck", "lost", "doubled", "altered")]
             wrong, seconds = sum(bool(record["wrong"]) for record in some), sum(record["seconds"] for record in some)
@@ -68,7 +73,7 @@ def summary(records: list[dict[str, Any]]) -> list[list[Any]]:
 def write(records: list[dict[str, Any]]) -> None:
     import ray
 
-    rows = summary(records)
+    rows = summary(records := latest(records))
     missing = [kind for kind in ALL if kind not in {row[0] for row in rows}]
     text = [
         "# Faults",
@@ -123,6 +128,9 @@ def main() -> int:
             new.append(record)
             told = f"{kind}, seed {seed}: {record['wrong'] or 'ok'} ({record['seconds']:.0f} s)"
             console.print(told, markup=False, highlight=False)
+            if record["wrong"] and not (options.address or world.nodes):
+                world.stop_ray()  # whatever it was, the next run does not begin with it
+                world.start_ray()
             if options.records:
                 with options.records.open("a") as file:
                     file.write(json.dumps(record) + "\n")
@@ -131,7 +139,7 @@ def main() -> int:
         if not any(record["wrong"] for record in new):
             shutil.rmtree(folder, ignore_errors=True)
     shown = Table(*COLUMNS)
-    for row in summary(records + new):
+    for row in summary(latest(records + new)):
         shown.add_row(*map(str, row))
     console.print(shown)
     if not options.address:
