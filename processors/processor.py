@@ -115,7 +115,7 @@ class Processor:
                 config.concurrency,
                 # Ray grows a pool only when its actors have near twice the calls that they can run, its default, and
                 # only into nodes that are there. For actors that wait from the start its autoscaler brings nodes at
-                # once; Ray gives waiting ones up after 10 s, and asks again when there is a node.
+                # once; newer Rays give waiting ones up after 10 s, and ask again when there is a node.
                 max_tasks_in_flight_per_actor=num_calls + 2 if low == high else None,
                 initial_size=num_engines,
             ),
@@ -138,7 +138,7 @@ class Processor:
         return dataset
 
     def _resources(self) -> tuple[float, float, float, int]:
-        """CPUs and GPUs of one engine, CPUs of one tokenizer actor, and engines to begin with: all that will fit.
+        """CPUs and GPUs of one engine, CPUs of one tokenizer actor, and engines to begin with.
 
         Actors hold their CPUs as long as the job runs. When they hold all of them, the read tasks wait for ever,
         without a word, so one CPU is left: by taking less, or by refusing what the user asked for.
@@ -160,13 +160,15 @@ class Processor:
                 f"num_cpus: {engines} engines and {tokenizers} tokenizer actors would hold {given:g} of the cluster's "
                 f"{total_cpus:g} CPUs, and reading needs one; set a smaller num_cpus (0 is allowed) or concurrency"
             )
-        wanted = given + engines * (config.num_cpus is None) + tokenizers * (prepare_cpus is None)
+        # Engines on GPUs are all asked for in the beginning, those that need a new node too.
+        taking = most if num_gpus else engines
+        wanted = given + taking * (config.num_cpus is None) + tokenizers * (prepare_cpus is None)
         default = 1.0 if wanted <= total_cpus - 1 else 0.0
         num_cpus = default if config.num_cpus is None else config.num_cpus
         prepare_cpus = default if prepare_cpus is None else prepare_cpus
-        room = [(total_gpus, num_gpus), (total_cpus - 1 - tokenizers * prepare_cpus, num_cpus)]
-        fitting = min([most, *(int(total // each) for total, each in room if each)])
-        return num_cpus, num_gpus, prepare_cpus, max(engines, fitting)
+        left = total_cpus - 1 - tokenizers * prepare_cpus
+        fitting = int(left // num_cpus) if num_cpus else taking
+        return num_cpus, num_gpus, prepare_cpus, max(engines, min(most, fitting))
 
 
 def actor_pool(size: Concurrency, **kwargs: Any) -> ActorPoolStrategy:
