@@ -86,7 +86,7 @@ class Prepare:
         try:
             new = self._preprocess(dict(row))
             if isinstance(new, Mapping):
-                new = dict(new)
+                new = _named(new)
                 return new, col.pack(new)
         except RowError:  # the function says itself what is wrong with the row
             raise
@@ -104,6 +104,14 @@ class Prepare:
         if "sampling_params" not in new:
             own = row.get("sampling_params")
         return with_defaults({**request, "sampling_params": own}, self._defaults)
+
+
+def _named(row: Mapping[Any, Any]) -> dict[str, Any]:
+    """A row that a user's function returned. Raises TypeError for keys that cannot name a column."""
+    for name in row:
+        if not isinstance(name, str) or _utf8(name) != name:
+            raise TypeError("it returned a key that names no column: want strings that can be written as UTF-8")
+    return dict(row)
 
 
 def finish(table: pa.Table, postprocess: RowFunction | None, on_error: str) -> pa.Table:
@@ -128,6 +136,7 @@ def finish(table: pa.Table, postprocess: RowFunction | None, on_error: str) -> p
             result = postprocess(dict(row))
             if not isinstance(result, Mapping):
                 raise TypeError(f"it returned {type(result).__name__}, want a dict")
+            result = _named(result)
         except (Exception, SystemExit) as problem:  # the user's code raises what it likes
             result = None
             error = error or RowError(ErrorType.POSTPROCESS_ERROR, f"postprocess raised {describe(problem, row)}")
@@ -215,7 +224,7 @@ def _input_array(name: str, values: Sequence[Any]) -> pa.Array:
     for value in values:
         try:
             fitted.append(None if value is None else _fit(name, value))
-        except (TypeError, ValueError, AttributeError, RecursionError):
+        except Exception:  # a user's object raises what it likes
             fitted.append(None)
     return pa.array(fitted, _INPUT_TYPES[name])
 
@@ -254,5 +263,5 @@ def to_array(values: Sequence[Any], like: Sequence[Any] | None = None) -> pa.Arr
         if pa.types.is_null(array.type) and like is not None:
             array = array.cast(pa.array(like).type)
         return array
-    except (pa.ArrowException, ValueError, TypeError, OverflowError, RecursionError):
+    except Exception:  # beside Arrow's own errors: numbers that are too large, surrogates, what a user's object raises
         return pa.array([None if value is None else _utf8(value) for value in values], pa.string())
