@@ -357,11 +357,9 @@ class Trial:
         from rayinfer.pipelines.verify import verify
 
         self.strike()
-        rows, copies = read_table(self.out)
         want = expected | (failed or {})
-        self.found["lost"] += len(want.keys() - rows.keys())
-        self.found["doubled"] += copies + len(rows.keys() - want.keys())
-        self.found["altered"] += sum(rows[key] != want[key] for key in want.keys() & rows.keys())
+        rows, counts = compare(self.out, want)
+        self.found.update(counts)
         uri = f"s3://{self.out}" if self.in_bucket() else str(self.out)
         facts, wrong = verify(uri) if by_log else ([], [])
         if wrong:
@@ -369,7 +367,7 @@ class Trial:
         told = dict(facts).get("rows", "")
         if by_log and not told.startswith(f"{len(want):,} in, {len(want) - len(failed or {}):,} ok"):
             raise Wrong(f"verify counts {told}, the table has {len(rows)} rows")
-        if bad := {name: self.found[name] for name in ("lost", "doubled", "altered") if self.found[name]}:
+        if bad := +counts:
             sample = [key for key in want if rows.get(key) != want[key]][:3]
             raise Wrong(f"{bad}: {[(key, rows.get(key), want[key]) for key in sample]}")
         if self.found["struck"] < strikes:
@@ -409,6 +407,14 @@ def read_table(folder: Path) -> tuple[dict[str, str], int]:
             copies += row["row_key"] in rows
             rows[row["row_key"]] = row["error_type"] or row_hash(row)
     return rows, copies
+
+
+def compare(folder: Path, want: dict[str, str]) -> tuple[dict[str, str], Counter[str]]:
+    """The rows of a table, and how many of those wanted are lost, there twice (or not wanted), or not as wanted."""
+    rows, copies = read_table(folder)
+    counts = Counter(lost=len(want.keys() - rows.keys()), doubled=copies + len(rows.keys() - want.keys()))
+    counts["altered"] = sum(rows[key] != want[key] for key in want.keys() & rows.keys())
+    return rows, counts
 
 
 def row_hash(row: dict[str, Any]) -> str:

@@ -1,17 +1,30 @@
 """A small part of `python -m benchmarks.faults`: real jobs under faults, every row looked for by key and text.
 
 The rest is not for CI: 28 kinds with 5 seeds each are 140 runs, most of them of a job with an engine of its own, 10 s
-each on an idle machine, and some of a cluster; benchmarks/results/faults.md has them. The faults of storage and of the
-commit's seams have 25 seeds each in test_commit.py, simulated; the engine's own are in tests/engine.
+each on an idle machine, and some of a cluster; benchmarks/results/faults.md has them. Deaths at the commit's seams have
+25 seeds each in test_commit.py, simulated as the outages here are; the engine's own faults are in tests/engine.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from benchmarks import commit_crashes as sim
+from benchmarks.fault_world import compare
+from rayinfer.pipelines import store as store_module
+from rayinfer.pipelines.store import LocalStore, Store
 
 ROOT = Path(__file__).resolve().parents[2]
 NO_ENGINE = ["rerun after success", "changed prompt", "changed model", "changed sampling"]  # 5 seeds each
@@ -27,3 +40,57 @@ def test_jobs_under_faults(tmp_path, local_ray):
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(runs) == 5 * len(NO_ENGINE) + len(JOBS)
     assert {(run["lost"], run["doubled"], run["altered"], run["wrong"]) for run in runs} == {(0, 0, 0, "")}
+
+
+class Outage(sim.Faults):
+    """A storage that fails from some operation on, for good or for a few operations."""
+
+    def __init__(self, code: int, rng: random.Random, lasting: bool):
+        super().__init__()
+        first = rng.randint(1, 20)
+        self.code, self.failing = code, range(first, 10_000 if lasting else first + rng.randint(1, 8))
+
+    def seam(self) -> None:
+        self.count += 1
+        if self.count in self.failing:
+            raise OSError(self.code, "injected")
+
+
+@pytest.mark.parametrize("lasting", [True, False], ids=["until the driver ends", "for a while"])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EIO], ids=["disk full", "permission lost", "I/O"])
+@pytest.mark.parametrize("kind", ["disk", "bucket"])
+def test_a_storage_that_fails(kind, code, lasting, tmp_path, monkeypatch):
+    """In the middle of a write, before an operation, or after one that was done."""
+    monkeypatch.setattr(store_module, "RETRY_SECONDS", (0.0,) * 4)
+    for seed in range(5):
+        rng = random.Random(seed)
+        disk = LocalStore(fsspec.filesystem("file"), f"{tmp_path}/{seed}")
+        inner = disk if kind == "disk" else Store(sim.Bucket(), "o")
+        outage = Outage(code, rng, lasting)
+        restore = sim.cut_disk(outage) if kind == "disk" else lambda: None
+        try:
+            with contextlib.suppress(OSError):
+                output = inner if kind == "disk" else sim.SeamStore(inner, outage.seam)
+                sim.drive(output, sim.NUM_ROWS, sim.Orderly, rng)
+        finally:
+            restore()
+        assert outage.count >= outage.failing.start
+        result = sim.drive(inner, sim.NUM_ROWS, sim.Orderly, rng)
+        assert result.complete, result.reason
+        assert sim.problems(inner, sim.NUM_ROWS) == ""
+
+
+def test_the_oracle_sees_what_is_wrong(tmp_path):
+    def write(name: str, rows: list[tuple[str, str, str | None]]) -> None:
+        keys, texts, errors = map(list, zip(*rows, strict=True))
+        columns = {"row_key": keys, "generated_text": texts, "error_type": pa.array(errors, pa.string())}
+        pq.write_table(pa.table(columns), tmp_path / name)
+
+    good = [(f"f#{i}", f"answer {i}", None) for i in range(6)]
+    write("part-0.parquet", good)
+    want, counts = compare(tmp_path, {})
+    assert counts["doubled"] == 6  # none was wanted
+    assert not +compare(tmp_path, want)[1]
+    write("part-0.parquet", [("f#0", "another answer", None), *good[2:5], ("f#5", "answer 5", "ABORTED")])
+    write("part-1.parquet", [good[3]])
+    assert compare(tmp_path, want)[1] == {"lost": 1, "doubled": 1, "altered": 2}
