@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,8 +14,10 @@ from rayinfer.config import EngineConfig
 from rayinfer.errors import ErrorType, RowError, describe
 from rayinfer.processors import columns as col
 from rayinfer.processors.llm_processor import INPUTS, sampling_defaults, with_defaults
+from rayinfer.processors.ray_compat import take_rows
 from rayinfer.sampling import SamplingParams
 
+PREFIX_TOKENS = 4096  # of a prompt are compared
 RowFunction = Callable[[dict[str, Any]], Mapping[str, Any]]
 
 
@@ -45,10 +48,12 @@ class Prepare:
         self._on_error = on_error
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
+        table = self._encode(table)
+        table = take_rows(table, by_prefix(table[col.TOKEN_IDS]))
         num_blocks = -(-table.num_rows // self._batch_size)
         size = -(-table.num_rows // num_blocks)  # even, so that no call holds an engine's place with a row or two
         for start in range(0, table.num_rows, size):
-            yield self._encode(table.slice(start, size))
+            yield table.slice(start, size)
 
     def _encode(self, table: pa.Table) -> pa.Table:
         table = col.without(table, col.HIDDEN)
@@ -112,6 +117,14 @@ def _named(row: Mapping[Any, Any]) -> dict[str, Any]:
         if not isinstance(name, str) or _utf8(name) != name:
             raise TypeError("it returned a key that names no column: want strings that can be written as UTF-8")
     return dict(row)
+
+
+def by_prefix(token_ids: pa.ChunkedArray) -> list[int]:
+    """The order in which prompts that begin alike stand together, so that one engine gets them and reads that once."""
+    lists = token_ids.combine_chunks()
+    starts, ids = lists.offsets.to_numpy(), lists.values.to_numpy().astype(">i4")
+    keys = [ids[a : min(b, a + PREFIX_TOKENS)].tobytes() for a, b in itertools.pairwise(starts)]
+    return sorted(range(len(keys)), key=keys.__getitem__)
 
 
 def finish(table: pa.Table, postprocess: RowFunction | None, on_error: str) -> pa.Table:
