@@ -79,7 +79,7 @@ def write(records: list[dict[str, Any]]) -> None:
         "# Faults",
         "`python -m benchmarks.faults`: what each kind does, and what a run is, is told there and by `--list`.",
         f"{max(record['at'] for record in records)}, {describe_machine()}, Ray {ray.__version__}",
-        f"commits: {', '.join(sorted({record['commit'] for record in records}))}",
+        f"commits: {', '.join(sorted({record.get('commit', 'unknown') for record in records}))}",
         table(COLUMNS, rows),
         f"{len(rows)} of {len(ALL)} kinds, {sum(row[1] for row in rows)} runs; `struck`: faults that hit. "
         + (f"Not run: {', '.join(missing)}." if missing else ""),

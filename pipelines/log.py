@@ -214,7 +214,11 @@ class Lease:
             raise OutputTakenError(f"another driver is writing to this output: process {holder['pid']} of this machine")
 
     def __enter__(self) -> None:
-        self._store.put(LEASE, json.dumps(self._me).encode())
+        try:
+            self._store.put(LEASE, json.dumps(self._me).encode())
+        except Exception:  # maybe after it was written: this process, which lives, would not get past it again
+            self.__exit__()
+            raise
 
     def __exit__(self, *exc: object) -> None:
         with contextlib.suppress(OSError, ValueError):

@@ -24,6 +24,7 @@ import pytest
 from benchmarks import commit_crashes as sim
 from benchmarks.fault_world import compare
 from rayinfer.pipelines import store as store_module
+from rayinfer.pipelines.log import Lease
 from rayinfer.pipelines.store import LocalStore, Store
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,6 +79,15 @@ def test_a_storage_that_fails(kind, code, lasting, tmp_path, monkeypatch):
         result = sim.drive(inner, sim.NUM_ROWS, sim.Orderly, rng)
         assert result.complete, result.reason
         assert sim.problems(inner, sim.NUM_ROWS) == ""
+
+
+def test_a_lease_whose_writing_reports_an_error_is_given_back():
+    outage = Outage(errno.EIO, random.Random(0), lasting=False)
+    outage.failing = range(2, 3)  # 1 is before the put, 2 after it
+    bucket = Store(sim.Bucket(), "o")
+    with pytest.raises(OSError, match="injected"), Lease(sim.SeamStore(bucket, outage.seam)):
+        pass
+    Lease(bucket).check()  # this process may try again
 
 
 def test_the_oracle_sees_what_is_wrong(tmp_path):
