@@ -1,6 +1,6 @@
 """Figure: crashes around the commits of Delta and Iceberg tables, as their own libraries then read them.
 
-    python benchmarks/table_crashes.py --crashes 2000
+    python -m benchmarks.table_crashes --crashes 2000
 
 As benchmarks/commit_crashes.py, with the code of `rayinfer run` writing a table: a driver is killed before or after any
 operation on the store, on the table (look, create, commit), and inside pyiceberg's commit, before or after the
@@ -25,8 +25,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
-from commit_crashes import ERROR_RATE, MAX_CRASHES, Adversary, Faults, Killed, SeamStore
 
+from benchmarks.commit_crashes import ERROR_RATE, MAX_CRASHES, Adversary, Faults, Killed, SeamStore
 from rayinfer.pipelines import run, store, tables
 from rayinfer.pipelines.collect import collect_all
 from rayinfer.pipelines.identity import read_job
@@ -220,7 +220,7 @@ def no_waiting() -> Iterator[None]:
 
 
 def main() -> int:
-    from common import describe_machine, table, write_result
+    from benchmarks.common import describe_machine, table, write_result
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--crashes", type=int, default=2000, help="at least so many, over both formats")
@@ -253,7 +253,7 @@ def main() -> int:
             wrong += bad
     text = [
         "# Crashes of table commits",
-        f"`python benchmarks/table_crashes.py --crashes {options.crashes}`",
+        f"`python -m benchmarks.table_crashes --crashes {options.crashes}`",
         describe_machine(),
         "Tables read by deltalake and pyiceberg after every crash and at the end:",
         table(["table", "jobs", "crashes", "violations", "time"], rows),

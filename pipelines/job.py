@@ -15,7 +15,6 @@ from rayinfer.pipelines.template import PromptTemplate
 from rayinfer.sampling import SamplingParams
 
 FileFormat = Literal["parquet", "jsonl", "csv"]
-TableFormat = Literal["delta", "iceberg"]
 
 
 class _Spec(BaseModel):
@@ -73,7 +72,7 @@ class CatalogSpec(_Spec):
 
 class SinkSpec(_Spec):
     uri: Annotated[str, Field(min_length=1, description="folder; any fsspec URI that all nodes reach")]
-    format: FileFormat | TableFormat = "parquet"
+    format: Literal["parquet", "jsonl", "csv", "delta", "iceberg"] = "parquet"
     table: Annotated[str | None, Field(pattern=r"^.+\..+$", description="Iceberg: namespace.name")] = None
     catalog: Annotated[CatalogSpec | None, Field(description="Iceberg: where the table's name is kept")] = None
     rows_per_part: Annotated[int, Field(ge=1, description="a part is written when so many rows are finished")] = 5000
@@ -90,7 +89,7 @@ class SinkSpec(_Spec):
     @property
     def file_format(self) -> FileFormat:
         """Of the parts."""
-        return "parquet" if self.format in ("delta", "iceberg") else self.format  # type: ignore[return-value]
+        return "parquet" if self.format == "delta" or self.format == "iceberg" else self.format
 
 
 class JobSpec(_Spec):

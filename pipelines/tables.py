@@ -25,7 +25,7 @@ from rayinfer.errors import ConfigError
 from rayinfer.pipelines import store as stores
 from rayinfer.pipelines.identity import bare_uri, read_job
 from rayinfer.pipelines.job import SinkSpec
-from rayinfer.pipelines.log import PART_PREFIX, CommitLog, OutputTakenError, Part
+from rayinfer.pipelines.log import CommitLog, OutputTakenError, Part, part_ids
 from rayinfer.pipelines.store import Store
 
 FOLLOW_SECONDS = 60.0  # a table is at most so far behind the log of a job at work
@@ -93,7 +93,7 @@ class Table:
     def names(self, table: Any) -> dict[str, Any]:
         """`files` by the names of the parts. Raises ConfigError if one is no part."""
         files = {} if table is None else {uri.rpartition("/")[2]: file for uri, file in self.files(table)}
-        if other := [name for name in files if not name.startswith(PART_PREFIX)]:
+        if other := [name for name in files if not part_ids([name])]:
             raise ConfigError(
                 f"sink: the {self.sink.format} table holds {other[0]!r}, which no job wrote; name another"
             )
@@ -159,8 +159,10 @@ def _holds(wide: pa.DataType, narrow: pa.DataType) -> bool:
     """Whether every value of a type is one of another; how strings and lists are laid out does not count."""
     plain = [str(kind).replace("large_", "").replace("item: ", "element: ") for kind in (wide, narrow)]
     both = [pa.schema([("x", kind)]) for kind in (wide, narrow)]
+    if plain[0] == plain[1] or pa.types.is_uint64(narrow):  # which Arrow takes for one of int64
+        return plain[0] == plain[1]
     with contextlib.suppress(pa.ArrowException):
-        return plain[0] == plain[1] or pa.unify_schemas(both, promote_options="permissive").field(0).type == wide
+        return pa.unify_schemas(both, promote_options="permissive").field(0).type == wide
     return False
 
 

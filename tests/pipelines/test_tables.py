@@ -1,0 +1,250 @@
+"""Delta and Iceberg tables: what deltalake and pyiceberg read, after crashes, overtaken drivers, and other hands."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from deltalake import DeltaTable, write_deltalake
+from pyiceberg.catalog import load_catalog
+
+from benchmarks import table_crashes as sim
+from rayinfer.errors import ConfigError
+from rayinfer.pipelines import tables as tables_module
+from rayinfer.pipelines.identity import fingerprint
+from rayinfer.pipelines.job import JobSpec
+from rayinfer.pipelines.log import CommitLog, OutputTakenError
+from rayinfer.pipelines.run import run_job
+from rayinfer.pipelines.sources import list_source
+from rayinfer.pipelines.store import open_store
+from rayinfer.pipelines.tables import Table, open_table
+from rayinfer.pipelines.verify import verify
+
+SECRET = "canary-7431"
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting():
+    with sim.no_waiting():
+        yield
+
+
+@pytest.mark.parametrize(("format", "num_jobs"), [("delta", 8), ("iceberg", 2)])
+@pytest.mark.parametrize("flaky", [False, True])
+def test_drivers_killed_at_every_seam(format, num_jobs, flaky):
+    outcomes = [sim.crash_job(format, seed, flaky) for seed in range(5000, 5000 + num_jobs)]
+    assert [problem for _, problem in outcomes if problem] == []
+    assert sum(crashes for crashes, _ in outcomes) >= num_jobs
+
+
+@pytest.mark.parametrize("format", sim.KINDS)
+@pytest.mark.parametrize("second", ["resume", "replay", "overwrite"])
+def test_a_driver_that_is_overtaken_before_its_commit(format, second):
+    for at in (1, 3) if format == "delta" else (2,):
+        assert sim.overtake(format, at, second) == (True, "")
+
+
+@pytest.mark.parametrize("broken", ["log", "order", "base"])
+def test_the_simulation_notices_a_table_without_its_rules(broken, tmp_path, monkeypatch):
+    if broken == "log":  # a part enters the table before the log
+        commit = CommitLog.commit
+
+        def early(self, parts):
+            parts = list(parts)
+            self.parts |= {part.name: part for part in parts}
+            tables[0].sync(self)
+            for part in parts:
+                del self.parts[part.name]
+            commit(self, parts)
+
+        tables: list[Table] = []
+        monkeypatch.setattr(CommitLog, "commit", early)
+        monkeypatch.setattr(Table, "follow", lambda self, log: None)
+        fit = Table.fit
+        monkeypatch.setattr(Table, "fit", lambda self, schema: (tables.insert(0, self), fit(self, schema))[1])
+        assert any(sim.crash_job("delta", seed, False)[1] for seed in range(20))
+    elif broken == "order":  # rows are replayed before their failed parts have left the table
+
+        def late(plan, log):
+            plan.store.remove([sim.MARKER])
+            log.replay()
+            raise sim.Killed
+
+        finished("delta", tmp_path)
+        output = open_store(str(tmp_path / "out"))
+        assert sim.halfway("delta", str(tmp_path), output) == ""
+        monkeypatch.setattr(sim.run, "_take_failed_out", late)
+        with pytest.raises(sim.Killed):
+            sim.drive(sim.plan_of("delta", str(tmp_path), output), sim.random.Random(1), replay=True)
+        assert "parts that the log has not" in sim.halfway("delta", str(tmp_path), output)
+    else:  # a commit goes on top of whatever is there
+
+        def anyhow(self, table, *args):
+            type(self).plain(self, self.load(), *args)
+
+        kind = type(sim.plan_of("delta", "nowhere", open_store("nowhere")).table)
+        monkeypatch.setattr(kind, "plain", kind.change, raising=False)
+        monkeypatch.setattr(kind, "change", anyhow)
+        assert any(sim.overtake("delta", at, second)[1] for second in ("replay", "overwrite") for at in (1, 2, 3))
+
+
+def sink_of(format: str, folder: Path) -> dict:
+    sink = {"uri": str(folder / "out"), "format": format, "rows_per_part": 5}
+    if format == "iceberg":
+        sink["catalog"] = {"type": "sql", "uri": f"sqlite:///{folder}/catalog.db", "properties": {"token": SECRET}}
+        sink["table"] = "db.rows"
+    return sink
+
+
+@pytest.mark.slow
+def test_jobs_give_the_rows_of_a_parquet_job(tmp_path, local_ray, job, table):
+    table = table.append_column("nested", pa.array([[{"a": float(i)}] * i for i in range(12)]))
+    table = table.set_column(1, "text", pa.array([None if i == 4 else f"row {i}" for i in range(12)]))
+    pq.write_table(table, tmp_path / "in.parquet")
+    source = {"uri": str(tmp_path / "in.parquet"), "id_column": "id"}
+
+    def run(format: str) -> list[dict]:
+        (tmp_path / format).mkdir(exist_ok=True)
+        spec = JobSpec.parse(job(source, sink=sink_of(format, tmp_path / format)))
+        result = run_job(spec)
+        assert (result.status, result.num_ok, result.num_failed) == ("complete", 11, 1), result.reason
+        assert verify(str(tmp_path / format / "out"), spec.sink)[1] == []
+        if format == "parquet":
+            return pq.read_table(tmp_path / "parquet" / "out").to_pylist()
+        return sim.read_table(format, str(tmp_path / format))[1]
+
+    def sort(rows: list[dict]) -> list[dict]:
+        return sorted(({**row, "num_cached_tokens": 0} for row in rows), key=lambda row: row["id"])
+
+    want = sort(run("parquet"))
+    for format in sim.KINDS:
+        assert sort(run(format)) == want
+    folder = tmp_path / "iceberg" / "out"
+    assert [path for path in folder.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()] == []
+
+
+def finished(format: str, folder: Path) -> None:
+    output = open_store(str(folder / "out"))
+    assert sim.drive(sim.plan_of(format, str(folder), output), sim.random.Random(1)).complete
+
+
+@pytest.mark.parametrize("format", sim.KINDS)
+def test_other_hands_in_the_table_are_told(tmp_path, format):
+    finished(format, tmp_path)
+    output = open_store(str(tmp_path / "out"))
+    plan = sim.plan_of(format, str(tmp_path), output)
+    facts, wrong = verify(str(tmp_path / "out"))
+    assert wrong == []
+    assert any(name == format and "24 keys" in value for name, value in facts)
+    if format == "delta":
+        DeltaTable(plan.spec.sink.uri).delete("row_key = 'f#3'")  # rewrites the file of that row
+    else:
+        catalog = load_catalog("default", **plan.spec.sink.catalog.settings())
+        catalog.load_table("db.rows").delete("row_key == 'f#3'")
+    assert any("which no job wrote" in line for line in verify(str(tmp_path / "out"))[1])
+    with pytest.raises(ConfigError, match="which no job wrote; name another"):
+        sim.plan_of(format, str(tmp_path), output)
+
+
+def test_tables_that_are_not_the_jobs_are_refused(tmp_path):
+    store = open_store(str(tmp_path / "out"))
+    write_deltalake(tmp_path / "out", pa.table({"x": [1]}))
+    with pytest.raises(ConfigError, match=r"holds a Delta table that no job made; name another folder"):
+        sim.plan_of("delta", str(tmp_path), store)
+    catalog = load_catalog("default", type="sql", uri=f"sqlite:///{tmp_path}/catalog.db")
+    catalog.create_namespace("db")
+    catalog.create_table("db.rows", pa.schema([("x", pa.int64())]), location=f"file://{tmp_path}/elsewhere")
+    with pytest.raises(ConfigError, match=r"sink.table = 'db.rows': its files are in .*elsewhere"):
+        sim.plan_of("iceberg", str(tmp_path), store)
+    catalog.drop_table("db.rows")
+    catalog.create_table("db.rows", pa.schema([("x", pa.int64())]), location=f"file://{tmp_path}/out")
+    with pytest.raises(ConfigError, match=r"sink.table = 'db.rows': has other columns"):
+        sim.plan_of("iceberg", str(tmp_path), store)
+
+
+def test_overwriting_a_delta_table_with_other_columns(tmp_path):
+    finished("delta", tmp_path)
+    output = open_store(str(tmp_path / "out"))
+    plan = sim.plan_of("delta", str(tmp_path), output, prompt="y")
+    plan.table.schema = plan.schema.append(pa.field("more", pa.int64()))
+    plan.table.schema = plan.table.held(plan.table.schema)
+    log = sim.run._take_over(plan, overwrite=True)
+    assert sim.read_table("delta", str(tmp_path)) == ([], [])
+    assert DeltaTable(str(tmp_path / "out")).schema().to_arrow().names[-1] == "more"
+    with pytest.raises(OutputTakenError):
+        sim.plan_of("delta", str(tmp_path), output).table.sync(CommitLog(output, "0" * 8, sim.NUM_ROWS))
+    assert log.length == 1
+
+
+HELD = [
+    pa.int8(),
+    pa.int32(),
+    pa.float32(),
+    pa.large_string(),
+    pa.date32(),
+    pa.timestamp("ms"),
+    pa.binary(),
+    pa.bool_(),
+]
+HELD += [pa.list_(pa.list_(pa.struct([("a", pa.float32())]))), pa.map_(pa.string(), pa.int64()), pa.decimal128(9, 2)]
+LOSSY = [pa.uint64(), pa.duration("s"), pa.time32("s")]
+
+
+@pytest.mark.parametrize("format", sim.KINDS)
+def test_types_are_held_or_refused(tmp_path, format):
+    sink = JobSpec.parse({"source": {"uri": "f"}, "prompt": "p", "model": "m", "sink": sink_of(format, tmp_path)}).sink
+    table = open_table(sink, open_store(sink.uri))
+    assert table.fit(pa.schema([(f"c{i}", kind) for i, kind in enumerate(HELD)])).names[-1] == f"c{len(HELD) - 1}"
+    for kind in LOSSY:
+        with pytest.raises(ConfigError, match=rf"sink.format = '{format}' cannot hold column 'bad' of type"):
+            table.fit(pa.schema([("good", pa.int64()), ("bad", kind)]))
+    if format == "delta":
+        with pytest.raises(ConfigError, match=r"cannot hold column 'a b' of type int64 \(Delta's readers refuse ' '"):
+            table.fit(pa.schema([("a b", pa.int64())]))
+
+
+def test_the_catalogs_secrets_stay_with_the_driver(tmp_path, monkeypatch):
+    base = {"source": {"uri": str(tmp_path / "in.jsonl")}, "prompt": "p", "model": str(tmp_path)}
+    (tmp_path / "in.jsonl").write_text('{"a": 1}\n')
+    sink = sink_of("iceberg", tmp_path)
+    spec = JobSpec.parse({**base, "sink": sink})
+    told = [repr(spec), str(spec.model_dump(mode="json")), str(fingerprint(spec, list_source(spec.source)))]
+    table = open_table(spec.sink, open_store(spec.sink.uri))
+    monkeypatch.setattr(table, "load", lambda: (_ for _ in ()).throw(OSError(f"401: token={SECRET}")))
+    with pytest.raises(ConfigError, match="out of reach") as refused:
+        table.fit(pa.schema([("x", pa.int64())]))
+    uri = f"nosuch://user:{SECRET}@host/db"
+    with pytest.raises(ConfigError, match=r"sink\.catalog: cannot be opened") as unopened:
+        open_table(JobSpec.parse({**base, "sink": {**sink, "catalog": {"type": "sql", "uri": uri}}}).sink, table.store)
+    told += [str(refused.value), str(unopened.value)]
+    assert [text for text in told if SECRET in text] == []
+
+
+@pytest.mark.parametrize(
+    ("sink", "message"),
+    [
+        ({"format": "iceberg"}, "table is given if format is iceberg, and only then"),
+        ({"format": "delta", "table": "a.b"}, "table is given if format is iceberg, and only then"),
+        ({"format": "iceberg", "table": "ab", "catalog": {}}, r"sink.table = 'ab'"),
+        ({"format": "iceberg", "table": "a.b", "catalog": {"tokn": "x"}}, r"unknown key 'sink.catalog.tokn'"),
+        ({"format": "lance"}, "'parquet', 'jsonl', 'csv', 'delta' or 'iceberg'"),
+    ],
+)
+def test_wrong_sinks_are_named(sink, message):
+    with pytest.raises(ConfigError, match=message):
+        JobSpec.parse({"source": {"uri": "f"}, "prompt": "p", "model": "m", "sink": {"uri": "o", **sink}})
+
+
+def test_a_table_that_cannot_be_reached_stops_nothing_until_the_end(tmp_path, monkeypatch):
+    output = open_store(str(tmp_path / "out"))
+    plan = sim.plan_of("delta", str(tmp_path), output)
+    plan.table.sync(log := sim.run._take_over(plan, overwrite=False))
+    monkeypatch.setattr(plan.table, "load", lambda: (_ for _ in ()).throw(OSError("gone")))
+    plan.table.follow(log)
+    with pytest.raises(OSError, match="the delta table was not brought to the log: OSError: gone"):
+        plan.table.sync(log)
+    assert tables_module.FOLLOW_SECONDS == 0
+    assert os.path.isdir(tmp_path / "out" / "_delta_log")
