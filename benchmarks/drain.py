@@ -99,7 +99,7 @@ def run(folder: Path, num_rows: int, notice: float, silent: bool) -> list[list[A
         ["job", f"{result.status} in {seconds:.0f} s, {seen['notice'] - begin:.0f} s of it before the notice"],
         [
             "rows in, in the table, different ones",
-            f"{num_rows}, {out.num_rows}, {len(set(out['row_key'].to_pylist()))}",
+            f"{num_rows}, {out.num_rows}, {different}",
         ],
         ["`rayinfer verify`", "; ".join(wrong) or "as it should be"],
         ["rows in a second attempt", sum(attempt > 1 for attempt in out["attempts"].to_pylist())],

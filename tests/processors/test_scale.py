@@ -1,0 +1,61 @@
+"""Pools that grow, runs that may take long, actors that leave a node."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import ray
+from ray.data import DataContext
+
+from rayinfer.processors import EngineProcessorConfig, build_processor
+from rayinfer.processors.drain import DrainWatch
+from rayinfer.processors.ray_compat import ending_nodes, restart_actor
+
+GUARD = "execution_no_progress_timeout_s"
+
+
+def test_engines_to_begin_with(local_ray, model_path, engine_kwargs):
+    """Of (CPUs, GPUs of an engine, CPUs of a tokenizer, engines) on a machine of three CPUs and no GPU."""
+    for concurrency, num_gpus, expected in [
+        ((1, 4), 1, (0.0, 1, 0.0, 4)),  # on a GPU: all, and no CPU, for reading needs one
+        ((1, 2), 0, (1.0, 0, 1.0, 1)),  # on a CPU: those that leave one
+        ((2, 4), 0, (0.0, 0, 0.0, 2)),
+        (2, 1, (0.0, 1, 0.0, 2)),
+    ]:
+        config = EngineProcessorConfig(
+            model_source=model_path, engine_kwargs=engine_kwargs, concurrency=concurrency, num_gpus=num_gpus
+        )
+        assert build_processor(config)._resources() == expected, concurrency
+
+
+@pytest.mark.skipif(not hasattr(DataContext, GUARD), reason="this Ray ends no run that is slow")
+def test_a_run_may_take_long_unless_its_user_says_otherwise(local_ray, model_path, engine_kwargs):
+    processor = build_processor(EngineProcessorConfig(model_source=model_path, engine_kwargs=engine_kwargs))
+    dataset = processor(ray.data.range(4))
+    assert getattr(dataset.map(dict).context, GUARD) == -1
+    source = ray.data.range(4)
+    setattr(source.context, GUARD, 77)
+    assert getattr(processor(source).context, GUARD) == 77
+    assert getattr(DataContext.get_current(), GUARD) > 0
+
+
+def test_an_actor_that_leaves_is_started_again_with_its_calls(local_ray, tmp_path):
+    @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
+    class Leaves:
+        def answer(self, path):
+            if not os.path.exists(path):
+                open(path, "w").close()
+                restart_actor()
+                raise RuntimeError("it did not leave")
+            return os.getpid(), ending_nodes()
+
+    actor = Leaves.remote()
+    assert ray.get(actor.answer.remote(str(tmp_path / "seen")), timeout=300)[1] == {}
+
+
+def test_calls_of_a_process_that_stays(local_ray):
+    watch = DrainWatch()
+    with watch.call(), watch.call():
+        assert not watch.leaving
+    watch.close()
