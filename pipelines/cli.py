@@ -1,4 +1,4 @@
-"""The command line: `rayinfer run`, `replay`, `verify`, `doctor`."""
+"""The command line: `rayinfer run`, `replay`, `verify`, `bench`, `doctor`."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ _Strict = Annotated[bool, typer.Option("--strict", help="Exit with 3 if any row 
 _Json = Annotated[Path | None, typer.Option("--json", help="Write the summary to this file as JSON.")]
 _Address = Annotated[str | None, typer.Option(help="Ray cluster; default: one of its own on this machine.")]
 _Verbose = Annotated[bool, typer.Option("--verbose", help="Show Ray's logs, and the trace of what went wrong.")]
+_JobFile = Annotated[Path | None, typer.Option("--job", help="Job file, if it holds what no log may keep.")]
 _Output = Annotated[str, typer.Argument(help="Folder that a job wrote; any fsspec URI.")]
 
 
@@ -59,7 +60,7 @@ def run(
 @app.command()
 def replay(
     output: _Output,
-    job: Annotated[Path | None, typer.Option(help="Job file, if its URIs hold what no log may keep.")] = None,
+    job: _JobFile = None,
     strict: _Strict = False,
     json_file: _Json = None,
     address: _Address = None,
@@ -77,13 +78,13 @@ def replay(
 
 
 @app.command()
-def verify(output: _Output) -> None:
+def verify(output: _Output, job: _JobFile = None) -> None:
     """Prove that OUTPUT has every row of its source once. Exit codes: 0 it has; 1 it has not; 2 no job's output."""
-    from rayinfer.pipelines.job import resolve_uri
+    from rayinfer.pipelines.job import load_job, resolve_uri
     from rayinfer.pipelines.verify import verify
 
     try:
-        facts, wrong = verify(resolve_uri(output, "."))
+        facts, wrong = verify(resolve_uri(output, "."), load_job(job).sink if job is not None else None)
     except ConfigError as error:
         _refuse(error)
     _show(facts)
@@ -135,6 +136,65 @@ def _show(facts: list[tuple[str, str]]) -> None:
     for name, value in facts:
         grid.add_row(name, Text(value))
     Console().print(grid)
+
+
+@app.command()
+def bench(
+    what: Annotated[str, typer.Argument(help="Workloads (W1,W5:500,W4x8,W1@1), a job file, or a table.")] = "W1,W5",
+    model: Annotated[str | None, typer.Option(help="Folder, hub id or .gguf; of a job file: its own.")] = None,
+    engines: Annotated[str | None, typer.Option(help="Of rayinfer,vllm,transformers; default: installed ones.")] = None,
+    column: Annotated[str, typer.Option(help="Column of the table that holds the prompts.")] = "prompt",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate for each row of the table.")] = 128,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows of the table or job.")] = None,
+    random_weights: Annotated[bool, typer.Option("--random-weights", help="MODEL needs only a config.json.")] = False,
+    engine_kwargs: Annotated[str, typer.Option(help="More settings of rayinfer's engine, as JSON.")] = "{}",
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds for one engine.")] = 1800.0,
+    json_file: Annotated[Path, typer.Option("--json", help="The report.")] = Path("bench.json"),
+    plot: Annotated[Path, typer.Option(help="The picture.")] = Path("bench.png"),
+) -> None:
+    """Time rayinfer and its peers on the same rows, and say what the device would allow.
+
+    Every row generates a fixed number of tokens. Exit codes: 0; 1 an engine did not end well; 2 refused.
+    """
+    from rayinfer.pipelines import bench as timing
+
+    console = Console()
+    _Stopper()
+    try:
+        kwargs = json.loads(engine_kwargs)
+        if not isinstance(kwargs, dict):
+            raise ConfigError(f"--engine-kwargs: want a JSON object, not {engine_kwargs}")
+        if random_weights:
+            kwargs["load_format"] = "dummy"
+        chosen = timing.choose_engines(engines)
+        options = {"column": column, "max_tokens": max_tokens, "limit": limit, "engine_kwargs": kwargs}
+        planned = timing.plan(what, model, **options)
+        planned.engines, planned.timeout = chosen, timeout
+        report = timing.run(planned, lambda text: console.print(Text(text, style="dim")))
+    except json.JSONDecodeError as error:
+        _refuse(ConfigError(f"--engine-kwargs: not JSON: {error}"))
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
+    except ConfigError as error:
+        _refuse(error)
+    for header, rows in timing.tables(report):
+        table = Table(*header, show_lines=False)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    if report["ceilings"]:
+        peak, bandwidth = report["ceilings"]["flops"] / 1e12, report["ceilings"]["bandwidth"] / 1e12
+        source = report["ceilings"]["source"]
+        console.print(Text(f"bounds from {peak:.4g} TFLOP/s and {bandwidth:.3g} TB/s, {source}"), soft_wrap=True)
+    json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    try:
+        timing.plot(report, plot)
+    except ImportError:
+        console.print(Text("no picture: it needs matplotlib, pip install 'rayinfer[bench]'"))
+    for note in report["notes"]:
+        Console(stderr=True).print(Text(note, style="yellow"), soft_wrap=True)
+    if any(name not in one["engines"] for one in report["workloads"] for name in chosen):
+        raise typer.Exit(INCOMPLETE)
 
 
 @app.command()

@@ -52,6 +52,13 @@ class Workload:
     def num_output_tokens(self) -> int:
         return sum(self.out_lens)
 
+    @property
+    def num_shared_tokens(self) -> int:
+        """Length of the prefix that all prompts share; 0 for a single row."""
+        low, high = min(self.prompts), max(self.prompts)
+        same = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
+        return same if len(self.prompts) > 1 else 0
+
     def digest(self) -> str:
         """SHA-256 over lengths and ids, as little-endian int32; first 16 digits."""
         sha = hashlib.sha256()
@@ -88,6 +95,8 @@ def build(name: str, vocab: int, seed: int = 0, n: int | None = None, num_prefix
 def parse(text: str, vocab: int) -> list[Workload]:
     """Workloads of a comma-separated list such as `W1@1,W2:256,W4x8`."""
     works = []
+    if vocab <= LOW + HIGH:
+        raise ValueError(f"workloads want a vocabulary of more than {LOW + HIGH} tokens, this model's has {vocab}")
     for item in text.split(","):
         match = re.fullmatch(r"(W\d)(?:x(\d+))?(?::(\d+))?(?:@([\d.]+))?", item)
         if match is None or match[1] not in SPECS:
@@ -100,4 +109,5 @@ def parse(text: str, vocab: int) -> list[Workload]:
 def warmup(vocab: int, n: int = 32, length: int = 64, out: int = 16) -> Workload:
     """Short prompts that share nothing with a workload."""
     rng = np.random.Generator(np.random.PCG64([12345, 999]))
-    return Workload("warmup", [rng.integers(LOW, vocab - HIGH, size=length).tolist() for _ in range(n)], [out] * n)
+    low, high = (LOW, vocab - HIGH) if vocab > LOW + HIGH else (0, vocab)
+    return Workload("warmup", [rng.integers(low, high, size=length).tolist() for _ in range(n)], [out] * n)
