@@ -74,7 +74,7 @@ def _matmul_kernel(
 def default_tile(itemsize: int) -> Tile:
     """The launch shape of every product: one for a dtype, whatever the number of rows.
 
-    float32 has no tensor cores here: small tiles, or the registers spill. An AMD compute unit has 64 KiB of shared memory.
+    float32 has no tensor cores here: small tiles, or the registers spill. AMD has 64 KiB of shared memory.
     """
     if itemsize == 4:
         return Tile(32, 64, 32, 8, 4, 2)

@@ -50,6 +50,10 @@ class EngineConfig(BaseModel):
     prefill_backend: Annotated[BackendName, Field(description="attention for prompt chunks")] = "auto"
     decode_backend: Annotated[BackendName, Field(description="attention for single tokens")] = "auto"
     fuse: Annotated[bool, Field(description="swap known blocks for fused ones; False: transformers' own")] = True
+    deterministic: Annotated[
+        bool,
+        Field(description="a row's tokens and log-probabilities are the same to the last bit in any batch; slower"),
+    ] = False
     enforce_eager: Annotated[bool, Field(description="no CUDA graphs")] = False
     seed: Annotated[int, Field(ge=0, lt=2**63, description="random streams of rows that bring no seed")] = 0
 

@@ -6,15 +6,20 @@ from torch import device as Device
 
 from rayinfer.attention.base import AttentionBackend, LayerCache, LayerSpec, StepMeta, StepOutputs
 
-__all__ = ["AttentionBackend", "LayerCache", "LayerSpec", "StepMeta", "StepOutputs", "get_backend"]
+__all__ = ["AttentionBackend", "LayerCache", "LayerSpec", "StepMeta", "StepOutputs", "backend_name", "get_backend"]
 
 
-def get_backend(name: str, device: Device) -> AttentionBackend:
-    """The backend called `name`; "auto" is triton on a GPU and torch on a CPU."""
-    if name == "triton" or (name == "auto" and device.type == "cuda"):
+def backend_name(name: str, device: Device) -> str:
+    """`name`; "auto" is triton on a GPU and torch on a CPU."""
+    return name if name != "auto" else "triton" if device.type == "cuda" else "torch"
+
+
+def get_backend(name: str, device: Device, fixed_order: bool = False) -> AttentionBackend:
+    """The backend called `name`; `fixed_order` makes triton's results independent of the batch."""
+    if backend_name(name, device) == "triton":
         from rayinfer.attention.triton import TritonBackend
 
-        return TritonBackend()
+        return TritonBackend(fixed_order)
     from rayinfer.attention.torch import TorchBackend
 
     return TorchBackend()

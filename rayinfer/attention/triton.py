@@ -17,9 +17,17 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class TritonBackend:
-    """`AttentionBackend` with the kernels of `rayinfer.kernels`."""
+    """`AttentionBackend` with the kernels of `rayinfer.kernels`.
+
+    Args:
+        fixed_order: single tokens go through the prefill kernel too, in one order of sums, and prefix groups are not
+            made use of: a token's result is the same to the last bit in any batch and chunk.
+    """
 
     name = "triton"
+
+    def __init__(self, fixed_order: bool = False):
+        self.fixed_order = fixed_order
 
     def check(self, spec: LayerSpec, dtype: torch.dtype, block_size: int) -> None:
         """Raise ConfigError if this layer cannot be computed, saying which value and what is allowed."""
@@ -52,26 +60,16 @@ class TritonBackend:
         self, q_THD: torch.Tensor, cache: LayerCache, spec: LayerSpec, meta: StepMeta, out_THD: torch.Tensor
     ) -> None:
         """Attend for rows [num_decodes, R), writing tokens from query_start_R1[num_decodes] on of `out_THD`."""
-        first = meta.num_decodes
-        paged_prefill(
-            q_THD,
-            cache.k_NSKD,
-            cache.v_NSKD,
-            meta.block_table_RP[first:],
-            meta.seq_lens_R[first:],
-            meta.query_start_R1[first:],
-            max_query_len=meta.max_query_len,
-            scale=spec.scale,
-            sliding_window=spec.sliding_window,
-            softcap=spec.softcap,
-            out_THD=out_THD,
-        )
+        self._prefill(q_THD, cache, spec, meta, out_THD, slice(meta.num_decodes, None), meta.max_query_len)
 
     def decode(
         self, q_THD: torch.Tensor, cache: LayerCache, spec: LayerSpec, meta: StepMeta, out_THD: torch.Tensor
     ) -> None:
         """Attend for rows [0, num_decodes), writing tokens [0, num_decodes) of `out_THD`."""
         num = meta.num_decodes
+        if self.fixed_order:
+            self._prefill(q_THD, cache, spec, meta, out_THD, slice(num), 1)
+            return
         rows = (q_THD[:num], cache.k_NSKD, cache.v_NSKD, meta.block_table_RP[:num])
         shared: dict[str, Any] = {}
         # The keys that a window shows are not the same for all rows of a group.
@@ -88,4 +86,29 @@ class TritonBackend:
             softcap=spec.softcap,
             out_BHD=out_THD[:num],
             **shared,
+        )
+
+    def _prefill(
+        self,
+        q_THD: torch.Tensor,
+        cache: LayerCache,
+        spec: LayerSpec,
+        meta: StepMeta,
+        out_THD: torch.Tensor,
+        rows: slice,
+        max_query_len: int,
+    ) -> None:
+        paged_prefill(
+            q_THD,
+            cache.k_NSKD,
+            cache.v_NSKD,
+            meta.block_table_RP[rows],
+            meta.seq_lens_R[rows],
+            meta.query_start_R1[rows.start or 0 :],
+            max_query_len=max_query_len,
+            scale=spec.scale,
+            sliding_window=spec.sliding_window,
+            softcap=spec.softcap,
+            out_THD=out_THD,
+            fixed=self.fixed_order,
         )

@@ -14,7 +14,7 @@ class LinearMethod(Protocol):
     """How a `Linear` is computed: unquantized here; FP8, W4A16 and LoRA are other methods."""
 
     def apply(self, layer: Linear, x_TI: torch.Tensor) -> torch.Tensor:
-        """Return [T, O]."""
+        """Return [T, O]; for x of [1, T, I] (the output layer's), [1, T, O]."""
 
 
 class Unquantized:
@@ -22,6 +22,15 @@ class Unquantized:
 
     def apply(self, layer: Linear, x_TI: torch.Tensor) -> torch.Tensor:
         return F.linear(x_TI, layer.weight, layer.bias)
+
+
+class FixedOrder:
+    """The same by a kernel that sums in one order: a row's result does not depend on the batch that it is in."""
+
+    def apply(self, layer: Linear, x_TI: torch.Tensor) -> torch.Tensor:
+        from rayinfer.kernels.matmul import matmul
+
+        return matmul(x_TI.flatten(0, -2), layer.weight, layer.bias).unflatten(0, x_TI.shape[:-1])
 
 
 class Linear(nn.Module):

@@ -17,9 +17,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from rayinfer.attention import backend_name
 from rayinfer.config import EngineConfig
 from rayinfer.errors import ConfigError, UnsupportedModelError, nearest
-from rayinfer.models.fused import fuse
+from rayinfer.models.fused import FUSED, fuse
+from rayinfer.models.linear import FixedOrder, Linear
 from rayinfer.models.model import Model, ModelInfo
 from rayinfer.models.paged import ATTENTION, DYNAMIC_ROPE, WAY_OUT, check_config, discover
 from rayinfer.models.source import Source, check_weights, find_source
@@ -54,7 +56,38 @@ def load_model(config: EngineConfig) -> Model:
     num_positions = config.max_model_len or info.max_position_embeddings
     assert num_positions is not None, "_inspect() wants one of them"
     fused = config.fuse and fuse(module, num_positions)
-    return Model(info, module, state, fused)
+    one_by_one = config.deterministic and not _fix_order(config, module, device, fused)
+    return Model(info, module, state, fused, one_by_one)
+
+
+@torch.no_grad()
+def _fix_order(config: EngineConfig, module: nn.Module, device: torch.device, fused: bool) -> bool:
+    """Let kernels that sum in one order compute the model, or return False: its tokens are to be computed one by one.
+
+    The second is what plain torch on a CPU needs, whose products depend on the number of rows.
+
+    Raises:
+        ConfigError: other operations than those with a fixed order would take part.
+    """
+    names = {backend_name(name, device) for name in (config.prefill_backend, config.decode_backend)}
+    if names == {"torch"} and device.type == "cpu":
+        return False
+    if names != {"triton"}:
+        raise ConfigError(
+            "deterministic = True: prefill_backend and decode_backend must both be 'triton' (or, on a CPU, 'torch'); "
+            "leave them at 'auto'"
+        )
+    head: Any = module.get_output_embeddings()  # type: ignore[operator]
+    if not fused or type(head) is not nn.Linear:
+        raise ConfigError(
+            f"deterministic = True: {type(module).__name__} does not run on kernels of a fixed order of sums; on a GPU "
+            f"want fuse=True and one of {', '.join(name.rpartition('.')[2] for name in FUSED)}"
+        )
+    module.set_output_embeddings(Linear.merge([head]))  # type: ignore[operator]
+    for part in module.modules():
+        if isinstance(part, Linear):
+            part.method = FixedOrder()
+    return True
 
 
 def resolve_device(config: EngineConfig) -> torch.device:

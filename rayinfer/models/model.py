@@ -43,13 +43,14 @@ class Model:
     Attributes:
         info: what the config says. specs: attention of each layer; the index is the layer's cache.
         module: the transformers model. fused: whether its decoder was swapped for the fused one.
-        device, dtype: of the weights.
+        device, dtype: of the weights. one_by_one: tokens are computed one at a time, so that each product has one shape
+            and its bits do not depend on the step (`EngineConfig.deterministic` on a CPU).
     """
 
-    def __init__(self, info: ModelInfo, module: nn.Module, state: PagedState, fused: bool):
+    def __init__(self, info: ModelInfo, module: nn.Module, state: PagedState, fused: bool, one_by_one: bool = False):
         self.info = info
         self.module = module
-        self.fused = fused
+        self.fused, self.one_by_one = fused, one_by_one
         self._state = state
         weight = next(module.parameters())
         self.device, self.dtype = weight.device, weight.dtype
@@ -77,6 +78,35 @@ class Model:
             logits_index_L: int64, tokens of the step whose logits are wanted; None: all. They are those of
                 `meta.outputs` where that is given.
         """
+        if self.one_by_one:
+            return self._forward_one_by_one(input_ids_T, meta, logits_index_L)
+        return self._forward(input_ids_T, meta, logits_index_L)
+
+    def _forward_one_by_one(
+        self, input_ids_T: torch.Tensor, meta: StepMeta, logits_index_L: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Each token a step of its own, in the order of positions: rows of a step may share blocks that it fills."""
+        if meta.outputs is not None:
+            logits_index_L = meta.outputs.index_L
+        row_T = torch.repeat_interleave(meta.query_start_R1.diff()).tolist()
+        wanted = list(range(len(row_T))) if logits_index_L is None else logits_index_L.tolist()
+        logits, none = {}, torch.zeros(0, dtype=torch.int64, device=self.device)
+        for token in meta.positions_T[: len(row_T)].argsort().tolist():
+            at, row, length = slice(token, token + 1), row_T[token], int(meta.positions_T[token]) + 1
+            one = StepMeta(
+                positions_T=meta.positions_T[at],
+                slot_mapping_T=meta.slot_mapping_T[at],
+                block_table_RP=meta.block_table_RP[row : row + 1],
+                seq_lens_R=torch.tensor([length], dtype=torch.int32),
+                query_start_R1=torch.tensor([0, 1], dtype=torch.int32),
+                num_decodes=1,
+                max_seq_len=length,
+                max_query_len=1,
+            )
+            logits[token] = self._forward(input_ids_T[at], one, None if token in wanted else none)
+        return torch.cat([logits[token] for token in wanted] or [logits[0][:0]])
+
+    def _forward(self, input_ids_T: torch.Tensor, meta: StepMeta, logits_index_L: torch.Tensor | None) -> torch.Tensor:
         self._state.meta = meta
         if self.fused and meta.outputs is not None:
             logits_index_L = None  # the last layer has left the others out

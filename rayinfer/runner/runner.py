@@ -6,7 +6,9 @@ parameters. A plan brings only what changed, in one packed copy, and the inputs 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from rayinfer.attention import AttentionBackend, StepMeta, StepOutputs
 from rayinfer.groups import MAX_NUM_GROUPS
 from rayinfer.models.model import Model
 from rayinfer.runner.graphs import DecodeGraphs
-from rayinfer.sampler import get_sampler, logprobs
+from rayinfer.sampler import get_sampler, logprobs, row_by_row
 from rayinfer.scheduler import StepPlan
 
 
@@ -90,7 +92,11 @@ class Runner:
     ):
         self.model, self.prefill, self.decode = model, prefill, decode
         self.device, self.block_size, self.max_model_len = model.device, block_size, max_model_len
-        self.sampler = get_sampler(self.device)
+        self.sampler: Any = get_sampler(self.device)
+        self.logprobs: Callable[..., tuple[torch.Tensor, torch.Tensor]] = logprobs
+        if model.one_by_one:
+            one, self.logprobs = self.sampler, row_by_row(logprobs)
+            self.sampler = SimpleNamespace(greedy=row_by_row(one.greedy), sample=row_by_row(one.sample))
         self.padding_slot = max_num_seqs  # what padding rows read and write
         # A CPU computes a step while it is launched, so there is nothing to gain from running ahead of the reading.
         self.run_ahead = 1 if self.device.type == "cuda" else 0
@@ -247,7 +253,7 @@ class Runner:
         token_L = self.sample(logits_LV, slots_L, position_L, plan.all_greedy)
         tops: list[torch.Tensor | None] = [None] * 4
         if plan.num_logprobs >= 0:
-            tops[:2] = logprobs(raw_LV, token_L.long().clamp_(min=0), plan.num_logprobs)
+            tops[:2] = self.logprobs(raw_LV, token_L.long().clamp_(min=0), plan.num_logprobs)
         if plan.num_prompt_logprobs >= 0:
-            tops[2:] = logprobs(logits_MV[num_samples:], targets_2M[1].long(), plan.num_prompt_logprobs)
+            tops[2:] = self.logprobs(logits_MV[num_samples:], targets_2M[1].long(), plan.num_prompt_logprobs)
         return StepHandle([token_L, *tops])
