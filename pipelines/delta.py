@@ -53,6 +53,8 @@ class DeltaSink(Table):
     def held(self, schema: pa.Schema) -> pa.Schema:
         if bad := [letter for name in schema.names for letter in name if letter in " ,;{}()\n\t="]:
             raise ValueError(f"Delta's readers refuse {bad[0]!r} in names")
+        if any("timestamp[ns" in str(kind) for kind in schema.types):  # deltalake has them, other readers do not
+            raise ValueError("Delta's timestamps are microseconds")
         return pa.schema(Schema.from_arrow(schema).to_arrow())
 
     def batches(self, table: Any, column: str) -> Iterable[pa.RecordBatch]:

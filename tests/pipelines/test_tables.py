@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from datetime import date, datetime
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,7 +18,7 @@ from rayinfer.errors import ConfigError
 from rayinfer.pipelines import tables as tables_module
 from rayinfer.pipelines.identity import fingerprint
 from rayinfer.pipelines.job import JobSpec
-from rayinfer.pipelines.log import CommitLog, OutputTakenError
+from rayinfer.pipelines.log import CommitLog, OutputTakenError, Part
 from rayinfer.pipelines.run import run_job
 from rayinfer.pipelines.sources import list_source
 from rayinfer.pipelines.store import open_store
@@ -190,14 +192,24 @@ HELD = [
     pa.bool_(),
 ]
 HELD += [pa.list_(pa.list_(pa.struct([("a", pa.float32())]))), pa.map_(pa.string(), pa.int64()), pa.decimal128(9, 2)]
-LOSSY = [pa.uint64(), pa.duration("s"), pa.time32("s")]
+LOSSY = [pa.uint64(), pa.duration("s"), pa.time32("s"), pa.timestamp("ns")]
 
 
 @pytest.mark.parametrize("format", sim.KINDS)
 def test_types_are_held_or_refused(tmp_path, format):
     sink = JobSpec.parse({"source": {"uri": "f"}, "prompt": "p", "model": "m", "sink": sink_of(format, tmp_path)}).sink
     table = open_table(sink, open_store(sink.uri))
-    assert table.fit(pa.schema([(f"c{i}", kind) for i, kind in enumerate(HELD)])).names[-1] == f"c{len(HELD) - 1}"
+    (tmp_path / "out").mkdir()
+    values = [1, 2, 0.5, "text", date(2026, 1, 2), datetime(2026, 1, 2), b"x", True]
+    values += [[[{"a": 0.5}]], [("k", 1)], Decimal("1.25")]
+    columns = {f"c{i}": pa.array([value, None], kind) for i, (value, kind) in enumerate(zip(values, HELD, strict=True))}
+    rows = pa.table(columns).cast(table.fit(pa.table(columns).schema))
+    name = "part-00000000-000000-x.parquet"
+    pq.write_table(rows, tmp_path / "out" / name)
+    size = os.path.getsize(tmp_path / "out" / name)
+    table.create()
+    table.change(table.load(), [Part(name, 2, size, "", "", "", {}, 0, 0, 0)], [], {})
+    assert sim.read_table(format, str(tmp_path)) == ([name], pa.table(columns).to_pylist())
     for kind in LOSSY:
         with pytest.raises(ConfigError, match=rf"sink.format = '{format}' cannot hold column 'bad' of type"):
             table.fit(pa.schema([("good", pa.int64()), ("bad", kind)]))
