@@ -64,9 +64,13 @@ def output_row(result: RequestOutput | RowError, attempt: int) -> dict[str, Any]
     if isinstance(result, RowError):  # it never reached the engine
         error = (str(result.type), str(result))
         return dict(zip(ERROR_COLUMNS, error, strict=True)) | {"finish_reason": "error", "attempts": 0}
+    attempt += result.num_restarts
     if result.error_type is not None:
         failed = (result.error_type, result.error_message)
-        return dict(zip(ERROR_COLUMNS, failed, strict=True)) | {"finish_reason": "error", "attempts": attempt}
+        return dict(zip(ERROR_COLUMNS, failed, strict=True)) | {
+            "finish_reason": "error",
+            "attempts": attempt,
+        }
     completion = result.outputs[0]
     return {
         "generated_text": completion.text,

@@ -9,18 +9,22 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 from ray.data.block import DataBatch
 
 from rayinfer.config import EngineConfig
+from rayinfer.engine_process import EngineProcess
 from rayinfer.errors import ErrorType, RowError
 from rayinfer.processors import columns as col
 from rayinfer.processors.ray_compat import keep_yielded_blocks, take_rows, task_attempt, to_arrow
 from rayinfer.processors.stats import report_every_second
-from rayinfer.request import RequestOutput
+from rayinfer.request import EncodedRow, RequestOutput
 from rayinfer.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from rayinfer.inputs import InputProcessor
 
 INPUTS = ("messages", "prompt", "prompt_token_ids")
 MIN_ROWS_PER_BLOCK = 4
@@ -76,13 +80,12 @@ class LLMProcessor:
         any_rows: bool = False,
         **engine_kwargs: Any,
     ):
-        from rayinfer.engine_thread import EngineThread
-
         self._defaults = sampling_defaults(sampling_params)
         self._on_error = on_error
         self._asked = [name for name in col.WHEN_ASKED if self._defaults.get(name) is not None]
-        self._engine = EngineThread(EngineConfig.parse(model=model, **engine_kwargs))
-        self._inputs = self._engine.engine.inputs.with_template(chat_template, chat_template_kwargs)
+        self._config = EngineConfig.parse(model=model, **engine_kwargs)
+        self._template = chat_template, chat_template_kwargs
+        self._engine = EngineProcess(self._config)
         self._done: queue.SimpleQueue[_Done] | None = queue.SimpleQueue() if any_rows else None
         self._end_reports = None
         if stats_actor is not None:
@@ -150,7 +153,9 @@ class LLMProcessor:
         except queue.Empty:
             return None
         if self._engine.error is not None:
-            raise RuntimeError("the engine died; its rows are not lost, they have no result") from self._engine.error
+            raise RuntimeError(
+                "the engine cannot go on; its rows are not lost, they have no result"
+            ) from self._engine.error
         return entry
 
     def close(self) -> None:
@@ -163,10 +168,15 @@ class LLMProcessor:
         if hasattr(self, "_end_reports"):
             self.close()
 
-    def _encode(self, table: pa.Table) -> list[Any]:
-        """An EncodedRow or a RowError for each row, from a stage before this one or made here."""
-        from rayinfer.inputs import EncodedRow
+    @functools.cached_property
+    def _inputs(self) -> InputProcessor:
+        """Of rows that no stage before this one has encoded; it loads torch and transformers into this process."""
+        from rayinfer.inputs import InputProcessor
 
+        return InputProcessor(self._config.model_copy(update={"device": "cpu"}), *self._template)
+
+    def _encode(self, table: pa.Table) -> list[EncodedRow | RowError]:
+        """Each row encoded, by a stage before this one or here."""
         if col.TOKEN_IDS not in table.column_names:
             names = [name for name in (*INPUTS, "sampling_params") if name in table.column_names]
             rows = table.select(names).to_pylist() if names else [{} for _ in range(table.num_rows)]

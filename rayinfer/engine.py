@@ -1,26 +1,27 @@
 """The engine: schedule step N + 1, launch it, then read step N.
 
 This file carries the idea; what a step holds is in scheduler.py, who owns the KV in kv_cache.py, how a step is carried
-out in runner/. The engine knows nothing of Ray, and one thread drives it (`engine_thread.EngineThread` for many).
+out in runner/. The engine knows nothing of Ray, and one thread drives it (`engine_process.EngineProcess` for many).
 """
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import logging
 import os
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 
 from rayinfer.attention import get_backend
 from rayinfer.config import EngineConfig
 from rayinfer.errors import ConfigError, ErrorType, RowError
-from rayinfer.inputs import EncodedRow, InputProcessor, check_length
+from rayinfer.inputs import InputProcessor, check_length
 from rayinfer.kv_cache import BlockPool
 from rayinfer.models.load import load_model
-from rayinfer.request import CompletionOutput, Logprob, Request, RequestOutput
+from rayinfer.request import CompletionOutput, EncodedRow, EngineStats, Logprob, Request, RequestOutput
 from rayinfer.runner import Runner, StepHandle, StepResult
 from rayinfer.runner.memory import num_kv_blocks
 from rayinfer.runner.runner import TopLogprobs
@@ -31,22 +32,6 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_NUM_SEQS = {"cuda": 1024, "cpu": 64}
 DEFAULT_MAX_NUM_BATCHED_TOKENS = {"cuda": 16384, "cpu": 1024}
-
-
-@dataclass(slots=True)
-class EngineStats:
-    """Counts since the engine started; num_running, num_waiting and kv_usage (0 to 1) are of now."""
-
-    num_running: int = 0
-    num_waiting: int = 0
-    kv_usage: float = 0.0
-    num_prompt_tokens: int = 0
-    num_cached_tokens: int = 0
-    num_generated_tokens: int = 0
-    num_finished: int = 0
-    num_failed: int = 0
-    num_preemptions: int = 0
-    num_steps: int = 0
 
 
 class Engine:
@@ -69,7 +54,8 @@ class Engine:
         self.max_num_seqs = config.max_num_seqs or DEFAULT_MAX_NUM_SEQS[kind]
         self.max_num_batched_tokens = config.max_num_batched_tokens or DEFAULT_MAX_NUM_BATCHED_TOKENS[kind]
         self.max_model_len = self.inputs.max_model_len
-        prefill, decode = (get_backend(name, self.device) for name in (config.prefill_backend, config.decode_backend))
+        names = config.prefill_backend, config.decode_backend
+        prefill, decode = (get_backend(name, self.device, config.deterministic) for name in names)
         for spec in self.model.specs:
             for backend in (prefill, decode):
                 backend.check(spec, self.model.dtype, config.block_size)
@@ -89,6 +75,7 @@ class Engine:
         self.pool = BlockPool(num_blocks, config.block_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(self.pool, self.max_num_seqs, self.max_num_batched_tokens)
         self.stats = EngineStats()
+        self.on_admit: Callable[[list[str]], object] | None = None  # told the ids of rows before they run
         self._requests: dict[str, Request] = {}
         self._in_flight: deque[tuple[Step, StepHandle]] = deque()
         self._num_added = 0
@@ -104,13 +91,18 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """Launch the next step, then read the one before it; returns the rows that it finished."""
+        step = None
         try:
             step = self.scheduler.schedule()
             if step is not None:
+                if self.on_admit is not None and self.scheduler.admitted:
+                    self.on_admit([request.request_id for request in self.scheduler.admitted])
                 self._in_flight.append((step, self.runner.launch(step.plan)))
-        except BaseException:  # Ctrl-C too: the prefix cache knows blocks that this step was to write
+        except BaseException as error:  # Ctrl-C too: the prefix cache knows blocks that this step was to write
             self.reset_prefix_cache()
-            raise
+            if step is None or not _is_out_of_memory(error):
+                raise
+            return self._shrink(step, error)
         if step is not None:
             self.stats.num_steps += 1
             if len(self._in_flight) <= self.runner.run_ahead:
@@ -141,7 +133,7 @@ class Engine:
             prompt_token_ids=row.prompt_token_ids,
             params=params,
             prompt=row.prompt,
-            seed=params.seed if params.seed is not None else self._row_seed(),
+            seed=params.seed if params.seed is not None else self._row_seed(row),
             stop_token_ids=frozenset(eos) | frozenset(params.stop_token_ids),
             max_total_tokens=num_prompt + min(params.max_tokens or most, most),
             prompt_logprobs=[None],  # nothing comes before the first token
@@ -166,6 +158,25 @@ class Engine:
     def reset_prefix_cache(self) -> None:
         """Forget cached prefixes; rows that run keep their blocks."""
         self.pool.reset_prefix_cache()
+
+    def _shrink(self, step: Step, error: BaseException) -> list[RequestOutput]:
+        """Go on with smaller steps after one that found no memory; all rows are computed again."""
+        finished = []
+        while self._in_flight:
+            launched, handle = self._in_flight.popleft()
+            finished += self._read(launched, handle.read())
+        for index in step.plan.samples.tolist():
+            step.rows[index].num_pending -= 1
+        if not self.scheduler.shrink():
+            raise error
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        scheduler = self.scheduler
+        logger.warning(
+            "out of memory: at most %d tokens a step and %d rows from here on (%s)",
+            scheduler.max_num_batched_tokens, scheduler.num_slots, error,
+        )  # fmt: skip
+        return finished
 
     def _read(self, step: Step, result: StepResult) -> list[RequestOutput]:
         """Append a step's tokens to its rows."""
@@ -271,9 +282,15 @@ class Engine:
                 logprob.decoded_token = str(self.tokenizer.decode([other]))
         return entry
 
-    def _row_seed(self) -> int:
-        """A stream of its own for a row that brings no seed, the same in every run of the same rows."""
-        return (self.config.seed * 0x9E3779B97F4A7C15 + self._num_added) % 2**63
+    def _row_seed(self, row: EncodedRow) -> int:
+        """A stream of its own for a row that brings no seed, the same in every run of the same rows.
+
+        By its place among the rows; in deterministic mode by its prompt.
+        """
+        number = self._num_added
+        if self.config.deterministic:
+            number = int.from_bytes(hashlib.blake2b(repr(row.prompt_token_ids).encode(), digest_size=8).digest())
+        return (self.config.seed * 0x9E3779B97F4A7C15 + number) % 2**63
 
     def _fit_model_len(self, capacity: int) -> None:
         """Rows may not be longer than the KV cache: lower the model's own limit, refuse an asked-for one."""
@@ -286,6 +303,11 @@ class Engine:
             )
         logger.warning("max_model_len lowered from %d to the KV cache's %d tokens", self.max_model_len, capacity)
         self.max_model_len = capacity
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Of the GPU's, or of this machine's: torch on a CPU raises a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def _keep_freed_memory() -> None:

@@ -27,6 +27,7 @@ class ErrorType(StrEnum):
     PREPROCESS_ERROR = "PREPROCESS_ERROR"  # the user's preprocess raised or returned no row
     POSTPROCESS_ERROR = "POSTPROCESS_ERROR"  # the user's postprocess raised or returned no row
     NAN_LOGITS = "NAN_LOGITS"  # the model gave NaN for this row
+    ENGINE_CRASH = "ENGINE_CRASH"  # the engine died each time that it ran this row, at last alone
     ABORTED = "ABORTED"  # taken out before it was finished
 
 

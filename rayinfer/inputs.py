@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,18 +15,10 @@ from rayinfer.chat import START, ChatTemplate, encode_marked, unmarked
 from rayinfer.config import EngineConfig
 from rayinfer.errors import ConfigError, ErrorType, RowError, describe
 from rayinfer.models.load import inspect_model
+from rayinfer.request import EncodedRow
 from rayinfer.sampling import SamplingParams
 
 INPUT_KEYS = ("messages", "prompt", "prompt_token_ids")
-
-
-@dataclass(slots=True)
-class EncodedRow:
-    """A row that an engine can take. `prompt` is the text that was tokenized, None if the row brought ids."""
-
-    prompt_token_ids: list[int]
-    params: SamplingParams
-    prompt: str | None = None
 
 
 def load_tokenizer(config: EngineConfig) -> PreTrainedTokenizerBase | None:

@@ -9,10 +9,9 @@ from tqdm.auto import tqdm
 
 from rayinfer.config import EngineConfig
 from rayinfer.engine import Engine
-from rayinfer.engine_thread import failed_output
 from rayinfer.errors import ConfigError, ErrorType, RowError
-from rayinfer.inputs import EncodedRow, InputProcessor
-from rayinfer.request import RequestOutput
+from rayinfer.inputs import InputProcessor
+from rayinfer.request import EncodedRow, RequestOutput, failed_output
 from rayinfer.sampling import SamplingParams
 
 Prompt = str | Mapping[str, Any]

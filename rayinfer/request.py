@@ -10,6 +10,31 @@ from rayinfer.sampling import SamplingParams
 
 
 @dataclass(slots=True)
+class EncodedRow:
+    """A row that an engine can take. `prompt` is the text that was tokenized, None if the row brought ids."""
+
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    prompt: str | None = None
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Counts since the engine started; num_running, num_waiting and kv_usage (0 to 1) are of now."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_usage: float = 0.0
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_generated_tokens: int = 0
+    num_finished: int = 0
+    num_failed: int = 0
+    num_preemptions: int = 0
+    num_steps: int = 0
+
+
+@dataclass(slots=True)
 class Logprob:
     """Log-probability of one token, and its rank among the vocabulary (1 is the likeliest)."""
 
@@ -44,6 +69,19 @@ class RequestOutput:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     error_type: str | None = None
     error_message: str | None = None
+    num_restarts: int = 0  # times that the row was begun again because its engine died
+
+
+def failed_output(row: EncodedRow | None, error: RowError, request_id: str = "") -> RequestOutput:
+    """The output of a row that never ran."""
+    return RequestOutput(
+        request_id=request_id,
+        prompt=row.prompt if row else None,
+        prompt_token_ids=row.prompt_token_ids if row else [],
+        outputs=[CompletionOutput(index=0, text="", token_ids=[], finish_reason="error")],
+        error_type=str(error.type),
+        error_message=str(error),
+    )
 
 
 @dataclass(slots=True, eq=False)

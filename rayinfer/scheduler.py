@@ -16,6 +16,7 @@ from rayinfer.kv_cache import BlockPool
 from rayinfer.request import Request
 
 PROMPT_LOGPROB_CHUNK = 512  # rows that ask for prompt log-probabilities need logits for every token of a chunk
+MIN_BATCHED_TOKENS = 16  # a step that does not fit into memory is made smaller down to this
 REGROUP_STEPS = 16  # new rows wait that many steps at most until they join a prefix group
 DEVICE_TOKEN = -1  # this step's input is the slot's last sampled token, which only the device knows
 
@@ -90,7 +91,7 @@ class Scheduler:
         self.num_preemptions = 0
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._new_blocks: list[tuple[int, int, int]] = []
-        self._new_rows: list[Request] = []
+        self.admitted: list[Request] = []  # rows that got a slot in the newest step
         # Blocks kept back when new rows come in, so that running rows seldom have to be preempted for lack of one.
         self._reserve = max(1, pool.num_blocks // 100)
         # Once full, rows are let in again in groups: steps without prompt chunks are cheaper (one CUDA graph each).
@@ -98,6 +99,10 @@ class Scheduler:
         self._full = False
         self._group_lens: np.ndarray = np.zeros(0, np.int32)
         self._num_ungrouped = self._steps_ungrouped = 0  # rows that came since prefix groups were found, and steps
+
+    @property
+    def num_slots(self) -> int:
+        return len(self.running) + len(self._free_slots)
 
     @property
     def has_work(self) -> bool:
@@ -114,9 +119,19 @@ class Scheduler:
         else:
             self.waiting.remove(request)
 
+    def shrink(self) -> bool:
+        """Queue all rows again and halve the budget and the slots; False when there is nothing left to halve."""
+        for request in reversed(list(self.running)):
+            self._preempt(request)
+        if self.num_slots == 1 and self.max_num_batched_tokens <= MIN_BATCHED_TOKENS:
+            return False
+        self.max_num_batched_tokens = max(1, self.max_num_batched_tokens // 2)
+        del self._free_slots[: self.num_slots // 2]
+        return True
+
     def schedule(self) -> Step | None:
         """The next step, or None when no row can go on before an earlier step has been read."""
-        self._new_blocks, self._new_rows = [], []
+        self._new_blocks, self.admitted = [], []
         budget, num_preemptions = self.max_num_batched_tokens, self.num_preemptions
         decodes: list[Request] = []
         chunks: list[tuple[Request, int]] = []
@@ -204,7 +219,7 @@ class Scheduler:
             request.slot = self._free_slots.pop()
             self.pool.share(request, known)
             self._new_blocks.extend((request.slot, i, block) for i, block in enumerate(known))
-            self._new_rows.append(request)
+            self.admitted.append(request)
             request.num_scheduled = num_known
             if request.num_cached_tokens < 0:
                 request.num_cached_tokens = num_known
@@ -290,7 +305,7 @@ class Scheduler:
             new_blocks=np.array(self._new_blocks, as_int).reshape(-1, 3),
             new_rows=[
                 (r.slot, r.params.temperature, r.params.top_k, r.params.top_p, r.params.min_p, r.seed)
-                for r in self._new_rows
+                for r in self.admitted
             ],
             all_greedy=all_greedy,
             banned=np.array(banned, as_int).reshape(-1, 2),

@@ -89,7 +89,7 @@ def test_every_bad_row_is_recorded(llm, run_ahead):
         assert output.outputs[0].token_ids == []
         assert output.error_message
     assert {output.error_type for output in failed} >= set(ErrorType) - {
-        "PREPROCESS_ERROR", "POSTPROCESS_ERROR", "NAN_LOGITS", "ABORTED"
+        "PREPROCESS_ERROR", "POSTPROCESS_ERROR", "NAN_LOGITS", "ABORTED", "ENGINE_CRASH"
     }  # fmt: skip
 
 

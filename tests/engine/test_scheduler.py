@@ -12,19 +12,20 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rayinfer import groups
 from rayinfer.config import EngineConfig
 from rayinfer.engine import Engine
-from rayinfer.inputs import EncodedRow
 from rayinfer.kv_cache import BlockPool
+from rayinfer.request import EncodedRow
 from rayinfer.runner import StepResult
 from rayinfer.runner.runner import TopLogprobs
 from rayinfer.sampling import SamplingParams
 from rayinfer.scheduler import DEVICE_TOKEN, Scheduler, StepPlan
-from tests.engine.tiny import EOS, TINY
+from tests.engine.tiny import EOS, TINY, as_rows, ids_of, random_prompts
 
 NAN = -1
 
@@ -305,3 +306,38 @@ def test_youngest_row_is_preempted(engine):
     for request_id in engine.request_ids:
         engine.abort(request_id)
     assert engine.pool.num_free == 8
+
+
+@pytest.mark.parametrize("when", ["before the step", "after a part of it"])
+@pytest.mark.parametrize("run_ahead", [0, 1])
+def test_out_of_memory(make_llm, when, run_ahead):
+    """Steps that find no memory: smaller steps from there on, the same tokens, no row lost."""
+    params = SamplingParams(temperature=1.0, seed=3, max_tokens=12, ignore_eos=True)
+    prompts = as_rows(random_prompts(24))
+    want = ids_of(make_llm("llama").generate(prompts, params, use_tqdm=False))
+    llm = make_llm("llama", run_ahead=run_ahead, block_size=4, max_num_seqs=16, max_num_batched_tokens=64)
+    launch, numbers = llm.engine.runner.launch, iter(range(10**6))
+
+    def full(plan):
+        if next(numbers) in (0, 5, 6, 20):
+            if when != "before the step":
+                launch(plan)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return launch(plan)
+
+    llm.engine.runner.launch = full
+    assert ids_of(llm.generate(prompts, params, use_tqdm=False)) == want
+    scheduler = llm.engine.scheduler
+    assert (scheduler.num_slots, scheduler.max_num_batched_tokens) == (1, 4)
+
+
+def test_out_of_memory_for_ever(make_llm):
+    """Not a loop without an end: with nothing left to halve the error is raised."""
+    llm = make_llm("llama", max_num_seqs=4, max_num_batched_tokens=64)
+
+    def full(plan):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    llm.engine.runner.launch = full
+    with pytest.raises(torch.OutOfMemoryError):
+        llm.generate(as_rows([[5], [6]]), use_tqdm=False)

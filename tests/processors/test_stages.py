@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
-import time
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
-from rayinfer import EngineConfig, RowError, SamplingParams
+from rayinfer import ConfigError, EngineConfig, RowError, SamplingParams
 from rayinfer.processors import LLMProcessor
 from rayinfer.processors import columns as col
 from rayinfer.processors.stages import Prepare, finish
@@ -163,7 +165,6 @@ def test_blocks_come_while_the_slowest_row_runs(llm):
     params = [dict(GREEDY, max_tokens=240 if i == 3 else 2) for i in range(8)]
     blocks = llm(pa.table({"id": list(range(8)), "prompt": ["a"] * 8, "sampling_params": params}))
     first = next(blocks)
-    assert llm._engine.stats().num_running >= 1
     rest = list(blocks)
     assert 3 not in first.column("id").to_pylist()
     assert sorted(id for block in [first, *rest] for id in block.column("id").to_pylist()) == list(range(8))
@@ -181,28 +182,21 @@ def test_same_batch_gives_the_same_blocks(llm):
 
 
 def test_calls_share_one_running_batch(llm):
-    most, done = 0, threading.Event()
-
-    def watch():
-        nonlocal most
-        while not done.wait(0.001):
-            most = max(most, llm._engine.stats().num_running)
+    """Four calls, 150 steps each, in far fewer than 600 steps."""
 
     def call(texts):
         for block in llm(pa.table({"prompt": texts, "sampling_params": [dict(GREEDY, max_tokens=150)] * 2})):
             results.extend(block.column("num_generated_tokens").to_pylist())
 
     results: list[int] = []
+    before = llm._engine.stats().num_steps
     threads = [threading.Thread(target=call, args=([f"{i}", f"{i} b"],)) for i in range(4)]
-    watcher = threading.Thread(target=watch)
-    for thread in (watcher, *threads):
+    for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    done.set()
-    watcher.join()
     assert results == [150] * 8
-    assert most == 8  # four calls of two rows
+    assert llm._engine.stats().num_steps - before < 450
 
 
 @pytest.mark.parametrize("kind", ["numpy", "pandas", "pyarrow"])
@@ -262,13 +256,12 @@ def test_columns_of_one_name_do_not_clash(llm, model_path, engine_kwargs):
         assert (result.to_pylist()[0]["prompt"], result.to_pylist()[0]["id"]) == ("new", 5)
 
 
-def test_nan_in_one_row(model_path, engine_kwargs, expected):
-    import torch
-
-    processor = LLMProcessor(model_path, sampling_params=GREEDY, **engine_kwargs)
-    engine = processor._engine.engine
-    with torch.no_grad():
-        engine.model.module.get_input_embeddings().weight[engine.tokenizer("~")["input_ids"][0]] = float("nan")
+def test_nan_in_one_row(model_path, engine_kwargs, expected, tmp_path):
+    shutil.copytree(model_path, tmp_path / "nan")
+    weights = load_file(tmp_path / "nan" / "model.safetensors")
+    weights["model.embed_tokens.weight"][AutoTokenizer.from_pretrained(model_path)("~")["input_ids"][0]] = float("nan")
+    save_file(weights, tmp_path / "nan" / "model.safetensors", {"format": "pt"})
+    processor = LLMProcessor(str(tmp_path / "nan"), sampling_params=GREEDY, **engine_kwargs)
     blocks = list(processor(pa.table({"prompt": ["ab", "a~b", "cd"]})))
     rows = {row["prompt"]: row for block in blocks for row in block.to_pylist()}
     assert rows["a~b"]["error_type"] == "NAN_LOGITS"
@@ -276,18 +269,14 @@ def test_nan_in_one_row(model_path, engine_kwargs, expected):
     processor.close()
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_dead_engine_stops_the_call(model_path, engine_kwargs):
-    processor = LLMProcessor(model_path, **engine_kwargs)
-    blocks = processor(pa.table({"prompt": ["a"] * 4, "sampling_params": [dict(GREEDY, max_tokens=200)] * 4}))
-
-    def broken() -> None:
-        raise MemoryError("the device is gone")
-
-    threading.Timer(0.05, lambda: setattr(processor._engine.engine, "step", broken)).start()
-    with pytest.raises(RuntimeError, match="engine died") as caught:
-        next(blocks)
-    assert isinstance(caught.value.__cause__, MemoryError)
-    start = time.monotonic()
+def test_an_engine_that_cannot_be_replaced_stops_the_call(model_path, engine_kwargs, tmp_path):
+    shutil.copytree(model_path, tmp_path / "model")
+    processor = LLMProcessor(str(tmp_path / "model"), **engine_kwargs)
+    rows = {"prompt": ["a"] * 4, "sampling_params": [dict(GREEDY, max_tokens=200)] * 4}
+    list(processor(pa.table({"prompt": ["a"]})))  # it has its tokenizer now
+    shutil.rmtree(tmp_path / "model")
+    processor._engine._child._process.kill()
+    with pytest.raises(RuntimeError, match=r"engine (cannot go on|died)") as caught:
+        list(processor(pa.table(rows)))
+    assert isinstance(caught.value.__cause__, ConfigError)
     processor.close()
-    assert time.monotonic() - start < 5

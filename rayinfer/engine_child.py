@@ -1,0 +1,126 @@
+"""The process that holds an engine: rows come in through one pipe, outputs leave through another.
+
+Its parent (`engine_process.EngineProcess`) is told which rows are about to run before they do, so that it knows whom to
+suspect when this process dies, and hears from it after each step, so that it notices when it stands still.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
+
+from rayinfer.config import EngineConfig
+from rayinfer.errors import RowError
+from rayinfer.request import EncodedRow, EngineStats, RequestOutput, failed_output
+from rayinfer.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from rayinfer.engine import Engine
+
+HEARTBEAT_S = 0.2
+_PR_SET_PDEATHSIG = 1
+
+
+def main(read_fd: int, write_fd: int, dump_fd: int, parent_pid: int) -> None:
+    """Serve until the parent closes the pipe. Stacks of a crash go to `dump_fd`."""
+    faulthandler.enable(dump_fd)  # also what the parent sends to an engine that hangs: SIGABRT
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    _die_with(parent_pid)
+    inbox, outbox = _Inbox(Connection(read_fd, writable=False)), Connection(write_fd, readable=False)
+    try:
+        _serve(inbox, outbox)
+    except BaseException as error:
+        outbox.send(("died", f"{type(error).__name__}: {error}"[:500]))
+        raise
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def _serve(inbox: _Inbox, outbox: Connection) -> None:
+    from rayinfer.engine import Engine
+
+    try:
+        engine = Engine(inbox.config())
+    except ValueError as error:  # ConfigError: the user's to change
+        outbox.send(("refused", error))
+        return
+    _prove(engine)
+    engine.on_admit = lambda ids: outbox.send(("admitted", ids))
+    outbox.send(("ready", None))
+    threading.Thread(target=inbox.fill, name="rayinfer-inbox", daemon=True).start()
+    told = 0.0
+    while True:
+        finished: list[RequestOutput] = []
+        for request_id, row in inbox.take(wait=not engine.has_work):
+            try:
+                engine.add(request_id, row)
+            except RowError as error:
+                finished.append(failed_output(row, error, request_id))
+        if engine.has_work:
+            finished += engine.step()
+        now = time.monotonic()
+        if finished or not engine.has_work or now - told > HEARTBEAT_S:
+            for output in finished:
+                output.prompt, output.prompt_token_ids = None, []  # the parent has them
+            outbox.send(("stepped", (finished, replace(engine.snapshot()))))
+            told = now
+
+
+def _prove(engine: Engine) -> None:
+    """Run a row of one token: an engine that cannot do this is not to be blamed on the rows that it dies with."""
+    engine.add("", EncodedRow([0], SamplingParams(temperature=0, max_tokens=1)))
+    while engine.has_work:
+        engine.step()
+    engine.reset_prefix_cache()
+    engine.stats = EngineStats()
+
+
+class _Inbox:
+    """Rows from the parent, read by a thread so that a full pipe never holds the parent up."""
+
+    def __init__(self, pipe: Connection):
+        self._pipe = pipe
+        self._rows: deque[tuple[str, EncodedRow]] = deque()
+        self._wake = threading.Condition()
+
+    def config(self) -> EngineConfig:
+        """The first message."""
+        return self._pipe.recv()
+
+    def fill(self) -> None:
+        try:
+            while True:
+                rows = self._pipe.recv()
+                with self._wake:
+                    self._rows.extend(rows)
+                    self._wake.notify()
+        except (EOFError, OSError):  # closed, or the parent died: nobody waits for what is left
+            os._exit(0)
+
+    def take(self, wait: bool) -> list[tuple[str, EncodedRow]]:
+        """All rows that have come; waits for some if there is nothing else to do."""
+        with self._wake:
+            while wait and not self._rows:
+                self._wake.wait()
+            taken = list(self._rows)
+            self._rows.clear()
+        return taken
+
+
+def _die_with(parent_pid: int) -> None:
+    """Have Linux kill this process when its parent ends, even if no thread of it can run; elsewhere the pipe tells."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent_pid:
+            os._exit(0)

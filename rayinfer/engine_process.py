@@ -1,0 +1,344 @@
+"""An engine in a process of its own, fed by many callers: their rows share one running batch.
+
+The process is replaced when it dies or hangs, and the rows that it had are run again. A row that kills it each time is
+found by halving those that ran when it died: after at most 2 + log2(rows) starts it alone is an ENGINE_CRASH.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Container, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, fields
+from itertools import count
+from multiprocessing.connection import Connection
+from typing import Any
+
+import psutil
+
+from rayinfer.config import EngineConfig
+from rayinfer.errors import ErrorType, RowError
+from rayinfer.request import EncodedRow, EngineStats, RequestOutput, failed_output
+
+logger = logging.getLogger(__name__)
+
+OnFinished = Callable[[int, RequestOutput], None]
+
+FIRST_STEP_S = 600.0  # of a process, which may compile kernels
+MIN_STEP_S = 60.0  # no step is given less than this, or than ten times the longest before it
+POLL_S = 1.0
+END_S = 10.0  # for a process to end by itself
+MAX_FAILED_STARTS = 3  # one after the other
+MIN_FREE_MEMORY = 0.05  # of the machine's; while less is free, the engine gets ever fewer rows
+MEMORY_S = 10.0  # between two looks
+_NO_LIMIT = 2**30
+_GAUGES = ("num_running", "num_waiting", "kv_usage")
+
+
+@dataclass(slots=True)
+class _Row:
+    """A row that has no result yet."""
+
+    row: EncodedRow
+    index: int
+    on_finished: OnFinished
+    num_crashes: int = 0
+
+
+class EngineProcess:
+    """Owns an engine's process; all methods may be called from any thread.
+
+    Raises:
+        ConfigError: as Engine does. RuntimeError: the process died while it started.
+    """
+
+    def __init__(self, config: EngineConfig):
+        self.error: BaseException | None = None
+        self._config = config
+        self._lock = threading.RLock()
+        self._rows: dict[str, _Row] = {}  # all that are not finished, oldest first
+        self._unsent: dict[str, None] = {}  # of these: not in the process
+        self._admitted: set[str] = set()  # of those that are: running
+        self._suspects = _Suspects()
+        self._limit, self._looked = _NO_LIMIT, 0.0
+        self._child: _Child | None = None
+        self._closed = False
+        self._lost, self._stats = EngineStats(), EngineStats()  # of processes that died, and of this one
+        self._ids = count()
+        ready: Future[None] = Future()
+        # One thread for all its processes: Linux ends a child with the thread that started it.
+        self._thread = threading.Thread(target=self._run, args=(ready,), name="rayinfer-engine", daemon=True)
+        self._thread.start()
+        ready.result()
+
+    def submit(self, rows: Sequence[EncodedRow], on_finished: OnFinished) -> None:
+        """Queue rows; `on_finished(index in rows, output)` is called on the engine's thread as each one ends.
+
+        Raises:
+            RuntimeError: the engine cannot be started any more (the cause is chained) or was closed.
+        """
+        with self._lock:
+            if self._closed or self.error is not None:
+                raise RuntimeError("the engine is closed" if self._closed else "the engine died") from self.error
+            for index, row in enumerate(rows):
+                request_id = str(next(self._ids))
+                self._rows[request_id] = _Row(row, index, on_finished)
+                self._unsent[request_id] = None
+            self._feed()
+
+    def stats(self) -> EngineStats:
+        """Counts as of the last step; rows not yet taken by the engine count as waiting."""
+        with self._lock:
+            old, new = self._lost, self._stats
+            sums = {f.name: getattr(new, f.name) + getattr(old, f.name) * (f.name not in _GAUGES) for f in fields(new)}
+            sums["num_waiting"] = max(0, len(self._rows) - new.num_running)
+            return EngineStats(**sums)
+
+    def close(self) -> None:
+        """End the process; rows that are not done end as ABORTED."""
+        with self._lock:
+            self._closed = True
+            if self._child is not None:
+                self._child.end()
+        self._thread.join()
+
+    def _run(self, ready: Future[None]) -> None:
+        num_failed = 0
+        try:
+            while not self._closed:
+                child = _Child(self._config)
+                try:
+                    started = child.wait_until_ready(lambda: self._closed)
+                    if started:
+                        num_failed = 0
+                        self._serve(child, ready)
+                finally:
+                    child.end()
+                if self._closed:
+                    break
+                if not started:
+                    num_failed += 1
+                    if not ready.done() or num_failed == MAX_FAILED_STARTS:
+                        raise RuntimeError(f"the engine's process died while it started: {child.reason}")
+                self._died(child)
+        except BaseException as error:
+            self.error = error
+            if not ready.done():
+                ready.set_exception(error)
+        finally:
+            self._abort_all()
+
+    def _serve(self, child: _Child, ready: Future[None]) -> None:
+        """Feed a process and take its results until it ends."""
+        with self._lock:
+            self._child = child
+            self._feed()
+        if not ready.done():
+            ready.set_result(None)
+        while (message := child.receive(lambda: len(self._rows) > len(self._unsent))) is not None:
+            kind, payload = message
+            if kind == "admitted":
+                self._admitted.update(payload)
+            elif kind == "stepped":
+                self._finish(*payload)
+
+    def _finish(self, outputs: Iterable[RequestOutput], stats: EngineStats) -> None:
+        done = []
+        with self._lock:
+            self._stats = stats
+            for output in outputs:
+                row = self._rows.pop(output.request_id)
+                self._admitted.discard(output.request_id)
+                output.prompt, output.prompt_token_ids = row.row.prompt, row.row.prompt_token_ids
+                output.num_restarts = row.num_crashes
+                done.append((row, output))
+            self._feed()
+        for row, output in done:
+            row.on_finished(row.index, output)
+
+    def _feed(self) -> None:
+        """Send the process the rows that it may have now. The lock is held."""
+        num_sent = len(self._rows) - len(self._unsent)
+        if self._child is None or self._closed or (self._suspects.trying and num_sent):
+            return
+        ids = self._suspects.next_trial(self._rows) or list(self._unsent)[: max(0, self._room(num_sent))]
+        for request_id in ids:
+            del self._unsent[request_id]
+        if ids:
+            self._child.send([(request_id, self._rows[request_id].row) for request_id in ids])
+
+    def _room(self, num_sent: int) -> int:
+        """Rows that the process may get, by the memory that the machine has left."""
+        now = time.monotonic()
+        if now - self._looked > MEMORY_S:
+            self._looked, memory = now, psutil.virtual_memory()
+            short = memory.available < MIN_FREE_MEMORY * memory.total
+            self._limit = max(1, min(self._limit, num_sent) // 2) if short else min(2 * self._limit, _NO_LIMIT)
+            if short:
+                logger.warning("host memory is %.0f %% full: at most %d rows at once", memory.percent, self._limit)
+        return self._limit - num_sent
+
+    def _died(self, child: _Child) -> None:
+        """Queue the rows of a process that died, and decide which of them to suspect."""
+        with self._lock:
+            sent = [request_id for request_id in self._rows if request_id not in self._unsent]
+            ran = [request_id for request_id in sent if request_id in self._admitted] or sent
+            logger.error("the engine is replaced, %d rows ran in it: %s\n%s", len(ran), child.reason, child.stacks)
+            for name in {f.name for f in fields(EngineStats)} - set(_GAUGES):
+                setattr(self._lost, name, getattr(self._lost, name) + getattr(self._stats, name))
+            self._child, self._stats = None, EngineStats()
+            self._unsent = dict.fromkeys(self._rows)
+            self._admitted.clear()
+            for request_id in ran:
+                self._rows[request_id].num_crashes += 1
+            again = [request_id for request_id in ran if self._rows[request_id].num_crashes > 1]
+            guilty = self._suspects.crashed(again, sent)
+            if guilty is None:
+                return
+            row = self._rows.pop(guilty)
+            del self._unsent[guilty]
+        message = f"the engine died {row.num_crashes} times while it ran this row, at last alone: {child.reason}"
+        output = failed_output(row.row, RowError(ErrorType.ENGINE_CRASH, message))
+        output.num_restarts = row.num_crashes - 1
+        row.on_finished(row.index, output)
+
+    def _abort_all(self) -> None:
+        with self._lock:
+            left = list(self._rows.values())
+            self._rows.clear()
+            self._unsent.clear()
+        reason = f"the engine died: {self.error!r}" if self.error is not None else "the engine was closed"
+        for row in left:
+            row.on_finished(row.index, failed_output(None, RowError(ErrorType.ABORTED, reason)))
+
+
+class _Suspects:
+    """Rows that ran when a process died the second time, tried alone in ever smaller groups."""
+
+    def __init__(self) -> None:
+        self.trying = False  # the rows in the process are suspects
+        self._groups: list[tuple[list[str], bool]] = []  # a stack; True: the group is known to hold a guilty row
+
+    def next_trial(self, unfinished: Container[str]) -> list[str]:
+        """The group to run next, alone; empty when no row is suspected."""
+        self.trying = True
+        while self._groups:
+            ids, sure = self._groups.pop()
+            ids = [request_id for request_id in ids if request_id in unfinished]
+            if sure and len(ids) > 1:  # it would die: on to its halves. If the first one lives, it is the second one.
+                half = len(ids) // 2
+                self._groups += [(ids[half:], True), (ids[:half], False)]
+            elif ids:
+                return ids
+        self.trying = False
+        return []
+
+    def crashed(self, ran: list[str], sent: list[str]) -> str | None:
+        """Take note of a death; returns the row that it is down to, if it is.
+
+        Args:
+            ran: rows that ran, and not for the first time. sent: those that were in the process, in a trial.
+        """
+        tried, self.trying = self.trying, False
+        if tried:
+            if self._groups:
+                self._groups[-1] = (self._groups[-1][0], False)  # it was the first half, so maybe not the second
+            self._groups.append(([request_id for request_id in sent if request_id not in ran], False))
+            if len(ran) == 1:
+                return ran[0]
+        self._groups.append((ran, True))
+        return None
+
+
+class _Child:
+    """One process, and the pipes to it and from it."""
+
+    def __init__(self, config: EngineConfig):
+        self.reason = ""  # why it ended
+        self._longest: float | None = None  # seconds until a step ended
+        (read_fd, its_write_fd), (its_read_fd, write_fd) = os.pipe(), os.pipe()
+        self._dump = tempfile.TemporaryFile()  # noqa: SIM115  # it is gone with this object
+        fds = its_read_fd, its_write_fd, self._dump.fileno()
+        code = (
+            f"import sys; sys.path[:] = {[path or os.getcwd() for path in sys.path]!r}; "
+            f"from rayinfer.engine_child import main; main{(*fds, os.getpid())}"
+        )
+        self._process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL, pass_fds=fds)
+        os.close(its_read_fd)
+        os.close(its_write_fd)
+        self._inbox, self._outbox = Connection(read_fd, writable=False), Connection(write_fd, readable=False)
+        self.send(config)
+
+    @property
+    def stacks(self) -> str:
+        """Of its threads when it was ended by a signal that can be caught."""
+        self._dump.seek(0)
+        return self._dump.read().decode(errors="replace")
+
+    def send(self, message: Any) -> None:
+        with contextlib.suppress(OSError):  # it is dead; `receive` tells
+            self._outbox.send(message)
+
+    def wait_until_ready(self, stop: Callable[[], bool]) -> bool:
+        """False if it died before, or was to stop. Raises ConfigError as Engine does."""
+        while not stop():
+            try:
+                if self._inbox.poll(POLL_S):
+                    kind, payload = self._inbox.recv()
+                    if kind == "refused":
+                        raise payload
+                    self.reason = payload or ""
+                    if kind == "ready":
+                        return True
+            except (EOFError, OSError):
+                self._ended()
+                return False
+        return False
+
+    def receive(self, busy: Callable[[], bool]) -> tuple[str, Any] | None:
+        """Its next word; None when it has ended. One that has rows and says nothing for too long is ended here."""
+        since = time.monotonic()
+        while True:
+            try:
+                if self._inbox.poll(POLL_S):
+                    message: tuple[str, Any] = self._inbox.recv()
+                    if message[0] == "died":
+                        self.reason = message[1]
+                        continue
+                    if message[0] == "stepped":
+                        seconds = time.monotonic() - since
+                        self._longest = seconds if self._longest is None else max(self._longest, seconds)
+                    return message
+            except (EOFError, OSError):
+                self._ended()
+                return None
+            silent = time.monotonic() - since
+            if not busy():
+                since = time.monotonic()
+            elif silent > (FIRST_STEP_S if self._longest is None else max(MIN_STEP_S, 10 * self._longest)):
+                self.reason = f"it hung: no step ended for {silent:.0f} s"
+                self._process.send_signal(signal.SIGABRT)  # it writes its stacks down
+                self._ended()
+                return None
+
+    def end(self) -> None:
+        """End it, whatever it does."""
+        self._outbox.close()
+        self._ended()
+
+    def _ended(self) -> None:
+        try:
+            code = self._process.wait(timeout=END_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            code = self._process.wait()
+        name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        self.reason = self.reason or f"its process ended with {name}"
