@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -22,17 +24,23 @@ from benchmarks.commit_crashes import Orderly, finished, plan_of
 from rayinfer.pipelines.collect import RayWrites, collect_all
 from rayinfer.pipelines.job import JobSpec
 from rayinfer.pipelines.log import CommitLog, OutputTakenError
+from rayinfer.pipelines.report import JobResult
 from rayinfer.pipelines.run import run_job
 from rayinfer.pipelines.sinks import MARKER, PartWriter
 from rayinfer.pipelines.store import META, LocalStore, Store, open_store
 from rayinfer.pipelines.verify import verify
 
+PATIENCE = 400  # seconds; what takes 10 s on an idle machine was seen to take 150 s on a busy one
 
-def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
+
+def wait_for(condition: Callable[[], object], process: subprocess.Popen[str] | None = None) -> None:
+    """Until it holds; a process that is to bring it about must not end before."""
+    deadline = time.monotonic() + PATIENCE
     while not condition():
+        if process is not None and process.poll() is not None and not condition():
+            pytest.fail(f"the process ended with {process.returncode}: {process.communicate()}")
         assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.05)
+        time.sleep(0.02)
 
 
 def num_commits(out: Path) -> int:
@@ -78,36 +86,34 @@ def test_a_driver_that_is_killed_another_one_and_the_same_again(tmp_path, cli, s
     path.write_text(yaml.safe_dump(slow_job()))
 
     killed = cli("run", path)
-    wait_for(lambda: num_commits(out) >= 2)
+    wait_for(lambda: num_commits(out) >= 2, killed)
     workers = psutil.Process(killed.pid).children(recursive=True)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    psutil.wait_procs(workers, timeout=60)  # Ray ends them when their driver is gone
+    psutil.wait_procs(workers, timeout=PATIENCE)  # Ray ends them when their driver is gone
     before = num_commits(out)
     assert not (out / MARKER).exists()
     assert any("rows are not done" in line for line in verify(str(out))[1])
 
     first = cli("run", path)
-    wait_for(lambda: num_commits(out) > before)
+    wait_for(lambda: num_commits(out) > before, first)
     second = cli("run", path)
-    _, err = second.communicate(timeout=120)
+    _, err = second.communicate(timeout=PATIENCE)
     if first.poll() is None:  # else it was too quick for the second one
         assert second.returncode == 1, err
         assert f"rayinfer run {path}" in err
-    shown, err = first.communicate(timeout=200)
+    shown, err = first.communicate(timeout=PATIENCE)
     assert first.returncode == 0, err
     assert "going on: " in shown
     assert texts(out) == whole
     assert verify(str(out))[1] == []
 
-    start = time.monotonic()
     again = cli("run", path)
-    shown, _ = again.communicate(timeout=60)
+    shown, _ = again.communicate(timeout=PATIENCE)
     assert (again.returncode, "nothing to do: complete since" in shown) == (0, True)
-    assert time.monotonic() - start < 30  # 3 s when the machine is idle
     path.write_text(yaml.safe_dump(slow_job(prompt="Tell: {{ text }}")))
     changed = cli("run", path)
-    _, err = changed.communicate(timeout=60)
+    _, err = changed.communicate(timeout=PATIENCE)
     assert changed.returncode == 2
     assert "refused:   prompt: 'Say: {{ text }}' -> 'Tell: {{ text }}'" in err
     assert "--overwrite" in err
@@ -124,23 +130,25 @@ def engines() -> list[psutil.Process]:
 
 
 def test_a_driver_that_lost_its_output_stops_and_frees_its_engines(tmp_path, slow_job, local_ray):
-    out = tmp_path / "out"
-    results = []
-    driver = threading.Thread(target=lambda: results.append(run_job(JobSpec.parse(slow_job()))), daemon=True)
-    driver.start()
-    wait_for(lambda: num_commits(out) >= 2)
-    assert engines()
-    thief = CommitLog(open_store(str(out)), json.loads((out / META / "job.json").read_text())["id"], 120)
-    for _ in range(20):  # until it is quicker than the driver
-        thief = CommitLog(thief.store, thief.job_id, 120)
-        thief.load()
-        with contextlib.suppress(OutputTakenError):
-            thief.start()
+    results: list[JobResult] = []
+    for number in itertools.count():  # until the thief is quicker than the driver
+        out = tmp_path / f"out{number}"
+        spec = JobSpec.parse(slow_job(out.name))
+        driver = threading.Thread(target=lambda spec=spec: results.append(run_job(spec)), daemon=True)
+        driver.start()
+        wait_for(lambda out=out: num_commits(out) >= 2)
+        while driver.is_alive():
+            thief = CommitLog(open_store(str(out)), json.loads((out / META / "job.json").read_text())["id"], 120)
+            thief.load()
+            with contextlib.suppress(OutputTakenError):
+                thief.start()
+                break
+        driver.join(timeout=PATIENCE)
+        if results[-1].status != "complete":
             break
-    driver.join(timeout=60)
-    assert (results[0].status, results[0].num_rows_out < 120) == ("incomplete", True)
-    assert "another driver is writing to this output" in results[0].reason
-    wait_for(lambda: not engines(), 30)
+    assert (results[-1].status, results[-1].num_rows_out < 120) == ("incomplete", True)
+    assert "another driver is writing to this output" in results[-1].reason
+    wait_for(lambda: not engines())
     again = CommitLog(thief.store, thief.job_id, 120)
     again.load()
     assert again.length == thief.length  # nothing came after
@@ -150,18 +158,21 @@ def test_a_driver_that_lost_its_output_stops_and_frees_its_engines(tmp_path, slo
 def test_a_worker_that_is_killed(tmp_path, slow_job, whole):
     out = tmp_path / "out"
     killed: list[int] = []
+    ended = threading.Event()
 
     def kill() -> None:
-        wait_for(lambda: num_commits(out) >= 2)
+        wait_for(lambda: num_commits(out) >= 2 or ended.is_set())
         for process in engines():
             killed.append(process.pid)
             process.kill()
 
-    killer = threading.Thread(target=kill, daemon=True)
-    killer.start()
-    result = run_job(JobSpec.parse(slow_job()))
-    killer.join(timeout=10)
-    assert killed
+    while not killed:  # until the killer is quicker than the job
+        ended.clear()
+        killer = threading.Thread(target=kill, daemon=True)
+        killer.start()
+        result = run_job(JobSpec.parse(slow_job()), overwrite=True)
+        ended.set()
+        killer.join(timeout=PATIENCE)
     assert result.complete, result.reason
     assert verify(str(out))[1] == []
     assert texts(out) == whole
@@ -215,7 +226,7 @@ def test_the_time_for_a_flush_passes_while_no_block_comes(tmp_path):
 
     def blocks():
         yield finished(np.arange(3)), 3, 100
-        wait_for(lambda: times, 20)  # it is committed although the next one is not there
+        wait_for(lambda: times)  # it is committed although the next one is not there
         yield finished(np.arange(3, 20)), 17, 100
 
     sink = plan.spec.sink.model_copy(update={"flush_seconds": 0.5, "rows_per_part": 1000})

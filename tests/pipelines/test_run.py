@@ -158,7 +158,6 @@ def refused(tmp_path, monkeypatch, table):
     return check
 
 
-@pytest.mark.timeout(30)
 def test_refused_for_its_source_template_or_sink(tmp_path, job, refused):
     source = tmp_path / "in.parquet"
     (tmp_path / "file").touch()
@@ -174,7 +173,6 @@ def test_refused_for_its_source_template_or_sink(tmp_path, job, refused):
     assert "no rows in 1 parquet file" in refused(job(tmp_path / "empty.parquet"))
 
 
-@pytest.mark.timeout(60)
 def test_refused_for_its_model(tmp_path, job, refused, model_path):
     import torch
     from safetensors.torch import save_file
