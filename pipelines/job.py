@@ -23,7 +23,10 @@ class _Spec(BaseModel):
 
 class SourceSpec(_Spec):
     uri: Annotated[str, Field(min_length=1, description="file, folder or glob; any fsspec URI")]
-    format: Annotated[Literal["auto", "parquet", "jsonl", "csv"], Field(description="auto: by the file names")] = "auto"
+    format: Annotated[
+        Literal["auto", "parquet", "jsonl", "csv", "delta"], Field(description="auto: by the file names")
+    ] = "auto"
+    version: Annotated[int | None, Field(ge=0, description="of a Delta table; default: the newest")] = None
     columns: Annotated[list[str] | None, Field(min_length=1, description="columns to read; default: all")] = None
     limit: Annotated[int | None, Field(ge=1, description="only the first rows, in file order")] = None
     id_column: Annotated[str | None, Field(description="unique integer or string; default: a row_key is made")] = None

@@ -37,6 +37,7 @@ COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 CHUNK_ROWS = 1024  # rows of one block on its way to the engines
 KEYS_AT_ONCE = 2**16  # keys made at once for the digest
 UNIT_ROWS = 8192  # row groups smaller than this share a read task
+_PLAIN = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}  # layouts that not all functions take
 _TAGS = ("ETag", "etag", "md5Hash", "crc32c", "content_md5", "mtime", "LastModified", "last_modified", "created")
 NUM_LIST_THREADS = 16  # footers are read in parallel: on an object store each costs a round trip
 
@@ -187,9 +188,28 @@ def list_source(spec: SourceSpec) -> Listing:
         raise ConfigError(f"source.uri = {uri!r}: {error}") from None
     if not infos:
         raise ConfigError(f"source.uri = {uri!r}: no file there")
-    format, chosen = _choose_format(spec, sorted(infos))
+    if spec.format == "delta":
+        format, chosen = "parquet", _delta_files(spec, fs)
+    elif spec.version is not None:
+        raise ConfigError(
+            f"source.version = {spec.version}: only Delta tables have versions; set source.format to delta"
+        )
+    elif spec.format == "auto" and root == path.rstrip("/") and fs.exists(f"{root}/_delta_log"):
+        raise ConfigError(
+            f"source.uri = {uri!r}: a Delta table; set source.format to delta, or to parquet for all files"
+        )
+    else:
+        format, chosen = _choose_format(spec, sorted(infos))
     tags = {_relative(file, root): (infos[file]["size"] or 0, _tag(infos[file])) for file in chosen}
     return Listing(fs, root, format, chosen, tags, len(infos) - len(chosen))
+
+
+def _delta_files(spec: SourceSpec, fs: Any) -> list[str]:
+    try:
+        from rayinfer.pipelines.delta import data_files
+    except ImportError:
+        raise ConfigError("source.format = 'delta': want deltalake: pip install 'rayinfer[delta]'") from None
+    return sorted(fs._strip_protocol(uri) for uri in data_files(spec.uri, spec.version))
 
 
 def _relative(file: str, root: str) -> str:
@@ -270,7 +290,8 @@ def _merge(schemas: Iterable[pa.Schema], files: list[str], spec: SourceSpec) -> 
     for schema, file in zip(schemas, files, strict=True):
         for column in schema:
             try:
-                types[column.name] = merge_types(types.get(column.name, pa.null()), column.type)
+                kind = _PLAIN.get(column.type, column.type)
+                types[column.name] = merge_types(types.get(column.name, pa.null()), kind)
             except pa.ArrowException:
                 raise ConfigError(
                     f"source.uri = {spec.uri!r}: column {column.name!r} is {column.type} in {file!r} but "

@@ -17,10 +17,10 @@ from benchmarks import table_crashes as sim
 from rayinfer.errors import ConfigError
 from rayinfer.pipelines import tables as tables_module
 from rayinfer.pipelines.identity import fingerprint
-from rayinfer.pipelines.job import JobSpec
+from rayinfer.pipelines.job import JobSpec, SourceSpec
 from rayinfer.pipelines.log import CommitLog, OutputTakenError, Part
 from rayinfer.pipelines.run import run_job
-from rayinfer.pipelines.sources import list_source
+from rayinfer.pipelines.sources import ReadUnits, list_source, take_census
 from rayinfer.pipelines.store import open_store
 from rayinfer.pipelines.tables import Table, open_table
 from rayinfer.pipelines.verify import verify
@@ -260,3 +260,30 @@ def test_a_table_that_cannot_be_reached_stops_nothing_until_the_end(tmp_path, mo
         plan.table.sync(log)
     assert tables_module.FOLLOW_SECONDS == 0
     assert os.path.isdir(tmp_path / "out" / "_delta_log")
+
+
+def test_a_delta_table_is_read_at_its_version(tmp_path):
+    uri = str(tmp_path / "in")
+    for first in (0, 3):
+        write_deltalake(uri, pa.table({"id": range(first, first + 3), "text": ["x"] * 3}), mode="append")
+    DeltaTable(uri).delete("id = 1")  # a file that is still in the folder, and no longer in the table
+    with pytest.raises(ConfigError, match=r"a Delta table; set source.format to delta, or to parquet"):
+        list_source(SourceSpec(uri=uri))
+
+    def rows(**fields) -> list[int]:
+        census = take_census(SourceSpec(uri=uri, format="delta", id_column="id", **fields))
+        return sorted(i for unit in census.units for table in ReadUnits(census).read(unit) for i in ids(table))
+
+    def ids(table: pa.Table) -> list[int]:
+        return [row["id"] for row in table["source"].to_pylist()]
+
+    for version in (0, 1, 2):
+        assert rows(version=version) == sorted(DeltaTable(uri, version=version).to_pyarrow_table()["id"].to_pylist())
+    assert rows() == [0, 2, 3, 4, 5]
+    with pytest.raises(ConfigError, match=r"source.version = 1: only Delta tables have versions"):
+        list_source(SourceSpec(uri=uri, format="parquet", version=1))
+    with pytest.raises(ConfigError, match=r"cannot be read as a Delta table"):
+        list_source(SourceSpec(uri=uri, format="delta", version=9))
+    write_deltalake(str(tmp_path / "parts"), pa.table({"id": [1], "day": ["a"]}), partition_by=["day"])
+    with pytest.raises(ConfigError, match=r"a Delta table with partitions, which are not read yet"):
+        list_source(SourceSpec(uri=str(tmp_path / "parts"), format="delta"))
