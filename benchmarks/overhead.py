@@ -4,8 +4,9 @@
 
 For each size a process of its own runs the rows through `LLM.generate` as token ids (the engine), then the same rows
 as a whole job, from Parquet to Parquet. The job's time outside of its start, less the engine's, by rows, is what
-reading, tokenizing, Ray, detokenizing apart, columns, parts, the log and the check of all keys cost. The model is tiny
-and each row gets two tokens. Also told: the largest private memory of the driver.
+reading, tokenizing, Ray, columns, parts, the log and the check of all keys cost. The model is tiny, each row gets two
+tokens. Wall time drifts with what else the machine does, so CPU time is told as well: of the driver, and of all other
+processes except the engine's. And the largest private memory of the driver.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 from common import ROOT, describe_machine, table, write_result
 from memory_flat import Sampler
 from tiny_llama import save_tiny_llama
@@ -44,12 +46,25 @@ def run_engine(model: str, prompts: list[str]) -> float:
     return time.perf_counter() - begin
 
 
+def cpu_seconds() -> dict[str, float]:
+    """User and system time so far of this process, of the engine's actor, and of Ray's other processes."""
+    spent = {"driver": sum(psutil.Process().cpu_times()[:2]), "engine": 0.0, "others": 0.0}
+    for process in psutil.Process().children(recursive=True):
+        try:
+            kind = "engine" if "LLMProcessor" in " ".join(process.cmdline()) else "others"
+            spent[kind] += sum(process.cpu_times()[:2])
+        except psutil.Error:
+            continue
+    return spent
+
+
 def run(folder: Path, num_rows: int) -> dict[str, Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
     import ray
     from rich.console import Console
 
+    from rayinfer.pipelines import run as run_module
     from rayinfer.pipelines.job import JobSpec
     from rayinfer.pipelines.run import run_job
 
@@ -74,12 +89,21 @@ def run(folder: Path, num_rows: int) -> dict[str, Any]:
     ray.init(address="local", include_dashboard=False, log_to_driver=False, num_cpus=3)
     sampler = Sampler()
     sampler.start()
+    before, during = cpu_seconds(), {}
+    finish = run_module._finish
+
+    def last_look(*args: Any) -> None:
+        during.update(cpu_seconds())  # the workers still live
+        finish(*args)
+
+    run_module._finish = last_look
     result = run_job(spec, console=Console(file=io.StringIO()))
     peak = sampler.stop()
     ray.shutdown()
     if not (result.complete and result.num_ok == num_rows):
         sys.exit(f"{result.status}: {result.reason}")
-    return {"rows": num_rows, "engine": engine, "job": result.seconds, "driver": peak["driver"]}
+    spent = {kind: during[kind] - before[kind] for kind in before}
+    return {"rows": num_rows, "engine": engine, "job": result.seconds, "driver": peak["driver"], "cpu": spent}
 
 
 def main() -> int:
@@ -102,8 +126,11 @@ def main() -> int:
         job = {name: found["job"].get(name, 0.0) for name in ("check", "run", "end")}
         each = [1e6 * seconds / num_rows for seconds in (found["engine"], *job.values())]
         other = sum(each[1:]) - each[0]
-        rows.append([f"{num_rows:,}", *(f"{one:.0f}" for one in each), f"{other:.0f}", f"{found['driver']:.0f} MiB"])
-    header = ["rows", "engine alone, us a row", "job: check", "run", "end", "besides the engine", "driver, private"]
+        spent = [1e6 * found["cpu"][kind] / num_rows for kind in ("driver", "others")]
+        figures = [f"{one:.0f}" for one in (*each, other, *spent)]
+        rows.append([f"{num_rows:,}", *figures, f"{found['driver']:.0f} MiB"])
+    header = ["rows", "engine alone, us a row", "job: check", "run", "end", "besides the engine"]
+    header += ["CPU: driver", "CPU: others", "driver's memory"]
     command = f"`python benchmarks/overhead.py {' '.join(sys.argv[1:])}`".replace(" `", "`")
     text = "\n\n".join(["# What a row costs besides the engine", command, describe_machine(), table(header, rows)])
     print(write_result("overhead.md", text).read_text(encoding="utf-8"))

@@ -18,6 +18,7 @@ from rayinfer.config import EngineConfig
 from rayinfer.engine_process import EngineProcess
 from rayinfer.errors import ErrorType, RowError
 from rayinfer.processors import columns as col
+from rayinfer.processors.drain import DrainWatch
 from rayinfer.processors.ray_compat import keep_yielded_blocks, take_rows, task_attempt, to_arrow
 from rayinfer.processors.stats import report_every_second
 from rayinfer.request import EncodedRow, RequestOutput
@@ -80,6 +81,7 @@ class LLMProcessor:
         any_rows: bool = False,
         **engine_kwargs: Any,
     ):
+        self._drain = DrainWatch()
         self._defaults = sampling_defaults(sampling_params)
         self._on_error = on_error
         self._asked = [name for name in col.WHEN_ASKED if self._defaults.get(name) is not None]
@@ -93,7 +95,10 @@ class LLMProcessor:
 
     def __call__(self, batch: DataBatch) -> Iterator[pa.Table]:
         """Yield the batch's rows with the output columns, in tables of a few rows, not in the batch's order."""
-        table = to_arrow(batch)
+        with self._drain.call():
+            yield from self._answer(to_arrow(batch))
+
+    def _answer(self, table: pa.Table) -> Iterator[pa.Table]:
         attempt = task_attempt()
         encoded = self._encode(table)
         table = col.without(table, col.ENCODED.names)
@@ -102,7 +107,10 @@ class LLMProcessor:
             index, error = next(iter(failed.items()))
             col.raise_row(error, table.slice(index, 1).to_pylist()[0], index)
         good = [(index, row) for index, row in enumerate(encoded) if not isinstance(row, RowError)]
-        good.sort(key=lambda entry: (entry[1].params.max_tokens or 2**31, len(entry[1].prompt_token_ids)))
+        good.sort(
+            key=lambda entry: (entry[1].params.max_tokens or 2**31, len(entry[1].prompt_token_ids)),
+            reverse=self._done is not None,  # where no row waits for another, the long ones are not to be the last
+        )
         columns = self._columns([row.params for _, row in good])
 
         done = self._done or queue.SimpleQueue()
@@ -112,8 +120,10 @@ class LLMProcessor:
         )
         if failed:
             yield self._block(source, failed)
-        size = max(MIN_ROWS_PER_BLOCK, -(-table.num_rows // 4))
-        yield from self._as_they_end(len(good), size) if self._done else self._in_order(done, len(good), size)
+        if self._done:
+            yield from self._as_they_end(len(good), table.num_rows)
+        else:
+            yield from self._in_order(done, len(good), max(MIN_ROWS_PER_BLOCK, -(-table.num_rows // 4)))
 
     def _in_order(self, done: queue.SimpleQueue[_Done], num_rows: int, size: int) -> Iterator[pa.Table]:
         """Blocks of `size` rows, in the order of their places."""
@@ -132,7 +142,9 @@ class LLMProcessor:
         assert self._done is not None
         left, since, entries = num_rows, time.monotonic(), list[_Done]()
         while left:
-            entry = self._next(self._done, max(0.0, since + BLOCK_SECONDS - time.monotonic()) if entries else None)
+            leaving = self._drain.leaving
+            seconds = max(0.0, since + BLOCK_SECONDS - time.monotonic()) if entries else BLOCK_SECONDS
+            entry = self._next(self._done, 0.0 if leaving else seconds)
             if entry is not None:
                 since = since if entries else time.monotonic()
                 entries.append(entry)
@@ -145,6 +157,8 @@ class LLMProcessor:
                 blocks = [self._block(source, results) for source, results in by_source.items()]
                 alike = all(block.schema.equals(blocks[0].schema) for block in blocks)
                 yield from [pa.concat_tables(blocks)] if alike else blocks
+            if leaving and entry is None:
+                return  # the rows that are left are found by number
 
     def _next(self, done: queue.SimpleQueue[_Done], seconds: float | None) -> _Done | None:
         """The next row that is done; None if none was in so many seconds."""
@@ -160,6 +174,7 @@ class LLMProcessor:
 
     def close(self) -> None:
         """End the engine and free its memory."""
+        self._drain.close()
         if self._end_reports is not None:
             self._end_reports()
         self._engine.close()

@@ -13,7 +13,7 @@ from rayinfer.config import EngineConfig
 from rayinfer.errors import ConfigError
 from rayinfer.processors.config import Concurrency, EngineProcessorConfig, bounds
 from rayinfer.processors.llm_processor import LLMProcessor
-from rayinfer.processors.ray_compat import cluster_resources, map_blocks, wait_for_slow_rows
+from rayinfer.processors.ray_compat import bear_slow_engines, cluster_resources, map_blocks
 from rayinfer.processors.stages import Prepare, RowFunction, finish
 
 
@@ -134,7 +134,7 @@ class Processor:
             batch_format="pyarrow",
             **finish_kwargs,
         )
-        wait_for_slow_rows(dataset)
+        bear_slow_engines(dataset)
         return dataset
 
     def _resources(self) -> tuple[float, float, float, int]:

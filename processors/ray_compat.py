@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -24,6 +25,7 @@ from ray.data.block import BlockAccessor, DataBatch
 
 logger = logging.getLogger(__name__)
 
+IDLE = 0.05  # a pool of engines shrinks when it has calls for so few of its places
 _GUARD = "execution_no_progress_timeout_s"
 
 
@@ -80,16 +82,20 @@ def finished_blocks(dataset: Dataset) -> Generator[tuple[ray.ObjectRef, int, int
             yield ref, metadata.num_rows or 0, metadata.size_bytes or 0
 
 
-def wait_for_slow_rows(dataset: Dataset) -> None:
-    """Let a dataset run for as long as its rows take.
+def bear_slow_engines(dataset: Dataset) -> None:
+    """Change what Ray does to a dataset whose rows take long and whose actors start slowly; a user's own setting stays.
 
-    Newer Rays end a run in which no block moves for 30 minutes, unless their user has said otherwise. A full engine of
-    long answers can take longer, and so can a node to come; a step that hangs is noticed by the engine.
+    Newer Rays end a run in which no block moves for 30 minutes: a full engine of long answers can take longer, and so
+    can a node to come; a step that hangs is noticed by the engine. And they end idle actors of a pool that has calls
+    for half of its places: that is so at the moment when new engines are ready, before they get any.
     """
     from ray.data import context
 
-    if getattr(dataset.context, _GUARD, None) == getattr(context, f"DEFAULT_{_GUARD.upper()}", None) is not None:
-        setattr(dataset.context, _GUARD, -1.0)
+    own, scaling = dataset.context, dataset.context.autoscaling_config
+    if getattr(own, _GUARD, None) == getattr(context, f"DEFAULT_{_GUARD.upper()}", None) is not None:
+        setattr(own, _GUARD, -1.0)
+    if scaling.actor_pool_util_downscaling_threshold == context.DEFAULT_ACTOR_POOL_UTIL_DOWNSCALING_THRESHOLD:
+        own.autoscaling_config = replace(scaling, actor_pool_util_downscaling_threshold=IDLE)
 
 
 def ending_nodes() -> dict[str, float]:

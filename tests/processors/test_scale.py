@@ -10,7 +10,7 @@ from ray.data import DataContext
 
 from rayinfer.processors import EngineProcessorConfig, build_processor
 from rayinfer.processors.drain import DrainWatch
-from rayinfer.processors.ray_compat import ending_nodes, restart_actor
+from rayinfer.processors.ray_compat import IDLE, ending_nodes, restart_actor
 
 GUARD = "execution_no_progress_timeout_s"
 
@@ -34,10 +34,15 @@ def test_a_run_may_take_long_unless_its_user_says_otherwise(local_ray, model_pat
     processor = build_processor(EngineProcessorConfig(model_source=model_path, engine_kwargs=engine_kwargs))
     dataset = processor(ray.data.range(4))
     assert getattr(dataset.map(dict).context, GUARD) == -1
+    assert dataset.context.autoscaling_config.actor_pool_util_downscaling_threshold == IDLE
     source = ray.data.range(4)
     setattr(source.context, GUARD, 77)
-    assert getattr(processor(source).context, GUARD) == 77
-    assert getattr(DataContext.get_current(), GUARD) > 0
+    source.context.autoscaling_config.actor_pool_util_downscaling_threshold = 0.25
+    theirs = processor(source).context
+    assert (getattr(theirs, GUARD), theirs.autoscaling_config.actor_pool_util_downscaling_threshold) == (77, 0.25)
+    unchanged = DataContext.get_current()
+    assert getattr(unchanged, GUARD) > 0
+    assert unchanged.autoscaling_config.actor_pool_util_downscaling_threshold > IDLE
 
 
 def test_an_actor_that_leaves_is_started_again_with_its_calls(local_ray, tmp_path):
