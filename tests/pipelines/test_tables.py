@@ -34,7 +34,7 @@ def _no_waiting():
         yield
 
 
-@pytest.mark.parametrize(("format", "num_jobs"), [("delta", 8), ("iceberg", 2)])
+@pytest.mark.parametrize(("format", "num_jobs"), [("delta", 5), ("iceberg", 2)])
 @pytest.mark.parametrize("flaky", [False, True])
 def test_drivers_killed_at_every_seam(format, num_jobs, flaky):
     outcomes = [sim.crash_job(format, seed, flaky) for seed in range(5000, 5000 + num_jobs)]
