@@ -86,11 +86,10 @@ def _check_table(table: Table, log: CommitLog, key_column: str, wrong: list[str]
     except Exception as error:
         wrong.append(f"the {table.sink.format} table cannot be checked: {table.say(error)}")
         return "not readable"
+    hint = "it was changed after the job" if log.store.size(MARKER) else "run the job again"
     for what, some in (("lacks", log.parts.keys() - names), ("still has", names - log.parts.keys())):
         if some:
-            wrong.append(
-                f"the {table.sink.format} table {what} {len(some)} part(s), like {min(some)}; run the job again"
-            )
+            wrong.append(f"the {table.sink.format} table {what} {len(some)} part(s), like {min(some)}; {hint}")
     if names == log.parts.keys() and digest != log.digest():
         wrong.append(f"the {table.sink.format} table has the parts of the log, but its reader finds other keys in them")
     return f"{len(names):,} parts, {digest.count:,} keys"

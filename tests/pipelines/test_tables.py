@@ -141,6 +141,9 @@ def test_other_hands_in_the_table_are_told(tmp_path, format):
     facts, wrong = verify(str(tmp_path / "out"))
     assert wrong == []
     assert any(name == format and "24 keys" in value for name, value in facts)
+    plan.table.change(plan.table.load(), [], list(plan.table.names(plan.table.load()).values())[:1], {})
+    assert any("table lacks 1 part(s)" in line for line in verify(str(tmp_path / "out"))[1])
+    plan.table.sync(sim.run._take_over(plan, overwrite=False))
     if format == "delta":
         DeltaTable(plan.spec.sink.uri).delete("row_key = 'f#3'")  # rewrites the file of that row
     else:
