@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rayinfer.errors import ConfigError
+from rayinfer.errors import ConfigError, bare_uri
 from rayinfer.pipelines.job import JobSpec, resolve_uri
 from rayinfer.pipelines.log import part_ids
 from rayinfer.pipelines.sources import Census, Listing
@@ -72,11 +71,6 @@ def _model_files(source: str) -> dict[str, str]:
         told[file.name] = f"{os.path.getsize(file):,} bytes"
         told[file.name] += f", sha256 {hashlib.sha256(head).hexdigest()[:16]}" if head else ""
     return told
-
-
-def bare_uri(uri: str) -> str:
-    """A URI without user, password and query, in which credentials travel."""
-    return re.sub(r"://[^/@]*@", "://", uri).partition("?")[0] if "://" in uri else uri
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

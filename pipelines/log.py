@@ -16,8 +16,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import re
-import socket
 import uuid
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -201,7 +201,7 @@ class Lease:
 
     def __init__(self, store: Store):
         self._store = store
-        self._me = {"host": socket.gethostname(), "pid": os.getpid(), "since": psutil.Process().create_time()}
+        self._me = {"host": platform.node(), "pid": os.getpid(), "since": psutil.Process().create_time()}
 
     def check(self) -> None:
         """Raises OutputTakenError if a driver lives on this machine."""

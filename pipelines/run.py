@@ -23,7 +23,7 @@ from rich.text import Text
 
 import rayinfer
 from rayinfer.chat import ControlTokens
-from rayinfer.errors import ConfigError, ErrorType, RowError
+from rayinfer.errors import ConfigError, ErrorType, RowError, bare_uri
 from rayinfer.pipelines.collect import MAX_FRUITLESS_ROUNDS, Block, RayWrites, Written, collect_all
 from rayinfer.pipelines.identity import JOB, check_same, claim_job, fingerprint, read_job
 from rayinfer.pipelines.job import JobSpec
@@ -146,7 +146,7 @@ def run_job(
     if plan.marker is not None and not (replay and plan.marker["num_failed"]):
         times.enter("end")
         return JobResult.of_marker(plan.marker, times.seconds)
-    result = JobResult(output=spec.sink.uri, num_rows_in=plan.census.num_rows)
+    result = JobResult(output=bare_uri(spec.sink.uri), num_rows_in=plan.census.num_rows)
     result.key_column = plan.census.spec.id_column or KEY
     if plan.log is not None:
         plan.log.load()
@@ -406,12 +406,12 @@ def _intro(plan: Plan) -> str:
     files = f"{census.num_files:,} file{'s' * (census.num_files != 1)}"
     source = f"{census.num_rows:,} rows from {files} ({census.format}{left_out})"
     done = f"\ngoing on: {plan.log.done.count:,} rows are done" if plan.log and plan.log.done.count else ""
-    return f"{source}: {census.spec.uri}\nmodel: {plan.spec.model.model}{done}"
+    return f"{source}: {bare_uri(census.spec.uri)}\nmodel: {plan.spec.model.model}{done}"
 
 
 def _cause(error: BaseException) -> str:
     """The innermost cause of a failed Ray task, without Ray's frames."""
     while isinstance(inner := getattr(error, "cause", None) or error.__cause__, BaseException):
         error = inner
-    text = str(error).strip() or repr(error)
+    text = bare_uri(str(error).strip() or repr(error))
     return text if isinstance(error, ConfigError | RowError) else f"{type(error).__name__}: {text.splitlines()[-1]}"

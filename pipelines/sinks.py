@@ -20,8 +20,8 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from rayinfer.errors import ConfigError, nearest
-from rayinfer.pipelines.identity import JOB, bare_uri, read_job
+from rayinfer.errors import ConfigError, bare_uri, nearest
+from rayinfer.pipelines.identity import JOB, read_job
 from rayinfer.pipelines.job import JobSpec, SinkSpec, SourceSpec
 from rayinfer.pipelines.keys import KeyDigest, pack_rows
 from rayinfer.pipelines.log import PART_PREFIX, Part

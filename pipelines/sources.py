@@ -37,6 +37,7 @@ COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 CHUNK_ROWS = 1024  # rows of one block on its way to the engines
 KEYS_AT_ONCE = 2**16  # keys made at once for the digest
 UNIT_ROWS = 8192  # row groups smaller than this share a read task
+_PICKLED_TYPES = (b"ray.data.arrow_pickled_object", b"arrow.py_extension_type")
 _PLAIN = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}  # layouts that not all functions take
 _TAGS = ("ETag", "etag", "md5Hash", "crc32c", "content_md5", "mtime", "LastModified", "last_modified", "created")
 NUM_LIST_THREADS = 16  # footers are read in parallel: on an object store each costs a round trip
@@ -248,6 +249,7 @@ def _scan(file: str, *, fs: Any, root: str, format: str, limit: int | None) -> t
     try:
         if format == "parquet":
             with fs.open(file, "rb") as stream:
+                _refuse_pickles(stream)
                 parquet = pq.ParquetFile(stream)
                 schema = parquet.schema_arrow.remove_metadata()
                 sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
@@ -277,6 +279,21 @@ def _scan(file: str, *, fs: Any, root: str, format: str, limit: int | None) -> t
         if column not in schema.names:
             schema = schema.append(pa.field(column, infer_type([value], from_text=True)))
     return schema, units
+
+
+def _refuse_pickles(stream: Any) -> None:
+    """Raise ValueError for a Parquet file with a column whose type, or whose values, are pickles: reading may run them.
+
+    The schema is looked at as bytes, before anything makes types of it. (Ray's tensor types, which were pickles too,
+    are JSON to the versions of Ray that we allow.)
+    """
+    schema = base64.b64decode((pq.read_metadata(stream).metadata or {}).get(b"ARROW:schema", b""))
+    for name in _PICKLED_TYPES:
+        if name in schema:
+            raise ValueError(
+                f"a column of type {name.decode()!r} holds pickled Python objects; write it as plain types"
+            )
+    stream.seek(0)
 
 
 def _hive_values(name: str) -> dict[str, str]:

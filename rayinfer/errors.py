@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
+import traceback
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from typing import Any
@@ -43,18 +45,27 @@ class RowError(ValueError):
 
 
 class ConfigError(ValueError):
-    """A setting, model or path that the user gave cannot be used; the text says the way out."""
+    """A setting, model or path that the user gave cannot be used; the text says the way out, and no URI's password."""
+
+    def __init__(self, message: str):
+        super().__init__(bare_uri(message))
 
 
 class UnsupportedModelError(ConfigError):
     """The architecture cannot run on the paged engine."""
 
 
+def bare_uri(text: str) -> str:
+    """A URI, or a text with URIs in it, without user, password and query, in which credentials travel."""
+    text = re.sub(r"://[^/\s'\"]*@", "://", text)
+    return re.sub(r"(://[^\s'\"?]*)\?[^\s'\"]*", r"\1", text)
+
+
 def describe(error: BaseException, row: Any) -> str:
     """`Type (file:line): text` of what a user's function or a template raised, less what the text quotes of the row.
 
     Cut out is every run of _QUOTE characters that one of the row's strings holds too, in whatever case; shorter ones,
-    and what was computed from the row, stay. The line is where the function was left.
+    and what was computed from the row, stay. The line is where the function, or the template, was left.
     """
     try:
         text = " ".join(str(error).split())[:_MAX_TEXT]
@@ -66,9 +77,10 @@ def describe(error: BaseException, row: Any) -> str:
         if text[start : start + _QUOTE].casefold() in own:
             cut[start : start + _QUOTE] = [True] * _QUOTE
     kept = "".join("\0" if hidden else char for char, hidden in zip(text, cut, strict=True))
-    text = "[...]".join(part for part in kept.split("\0") if part) if any(cut) else text
-    trace = error.__traceback__ and error.__traceback__.tb_next  # the first frame is the one that caught it
-    place = f" ({os.path.basename(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno})" if trace else ""
+    text = re.sub("\0+", "[...]", kept) if any(cut) else text
+    frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    inner = [frame for frame in frames if frame[0] == "<template>"][-1:] or frames[1:]  # the first one caught the error
+    place = f" ({os.path.basename(inner[0][0])}:{inner[0][1]})" if inner else ""
     return f"{type(error).__name__}{place}: {text}" if text else f"{type(error).__name__}{place}"
 
 

@@ -27,6 +27,7 @@ MAX_TOTAL = 2**30  # of all values that one rendering makes
 _MAX_WORK = 2**28  # bound on the result of one call, known before it is made
 _MAX_ELEMENTS = 2**20  # of one value, counted through its containers
 _MAX_WIDTH = 10**5
+_LOOK = 256  # characters, elements, turns and calls between two looks at the clock
 _MAX_BITS = 2**12  # of an integer
 
 # Filters and methods of strings whose result is not bounded by a multiple of their input; widths are integer arguments.
@@ -73,6 +74,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return __self.weighed(super().call(__context, __obj, *args, **kwargs))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "+":  # the usual one
+            return self.weighed(left + right)
         if operator == "%" and isinstance(left, str):
             self._foresee("format", left, (right,))
         elif operator == "**" and isinstance(left, int) and isinstance(right, int):
@@ -91,14 +94,16 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return value
 
     def _begin(self) -> None:
-        self._spent.total, self._spent.until = 0, time.thread_time() + MAX_SECONDS
+        self._spent.total, self._spent.next_look, self._spent.until = 0, _LOOK, time.thread_time() + MAX_SECONDS
 
     def _spend(self, size: int) -> None:
         spent = self._spent
-        spent.total += size
-        _refuse_above(spent.total, MAX_TOTAL, "characters or elements in all")
-        if time.thread_time() > spent.until:
-            raise LimitError(f"the template ran for over {MAX_SECONDS:g} s")
+        spent.total += size + 1
+        if spent.total > spent.next_look:
+            spent.next_look = spent.total + _LOOK
+            _refuse_above(spent.total, MAX_TOTAL, "characters or elements in all")
+            if time.thread_time() > spent.until:
+                raise LimitError(f"the template ran for over {MAX_SECONDS:g} s")
 
     def _turns(self, value: Iterable[Any]) -> Iterator[Any]:
         for item in value:
