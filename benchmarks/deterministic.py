@@ -2,11 +2,12 @@
 
     python benchmarks/deterministic.py --model FOLDER [--parts bits,speed,products,attention] [--out PATH]
 
-FOLDER needs only a config.json (random weights). `bits`: --num-rows rows of W5, greedy and drawn, alone (one row in the
-engine at a time) against all at once, in other orders, in small chunks, with a starved KV cache, and without a prefix
-cache: how many rows have equal tokens and equal log-probabilities. `speed`: W1 and W5 against the normal mode. `products`: the
-kernel in several launch shapes against torch's product on the model's shapes, with whether their bits agree.
+FOLDER needs only a config.json (random weights). Parts:
+`products`: the kernel in several launch shapes against torch's product on the model's shapes; whether their bits agree.
 `attention`: launch shapes of the fixed prefill kernel for single tokens and for chunks, against the normal kernels.
+`bits`: --num-rows rows of W5, greedy and drawn, alone (one row in the engine at a time) against all at once, in other
+orders, in small chunks, with a starved KV cache, and without a prefix cache: how many rows have equal tokens and equal
+log-probabilities. `speed`: W1 and W5 against the normal mode.
 Parts that ended are in PATH (JSON) when a later one does not. Without a GPU every part runs tiny: a test of the script.
 """
 
@@ -86,7 +87,7 @@ def answers(llm: LLM, work: Workload, order: list[int], alone: bool = False) -> 
     groups = [[i] for i in order] if alone else [order]
     for group in groups:
         params = [
-            SamplingParams(temperature=float(i % 2), max_tokens=work.out_lens[i], ignore_eos=True, logprobs=1)
+            SamplingParams(temperature=float(i % 2), seed=i, max_tokens=work.out_lens[i], ignore_eos=True, logprobs=1)
             for i in group
         ]
         rows = [{"prompt_token_ids": work.prompts[i]} for i in group]

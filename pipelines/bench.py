@@ -220,18 +220,17 @@ def tables(report: Line) -> list[tuple[list[str], list[list[str]]]]:
     engines, peers = report["engines"], [name for name in report["engines"] if name != "rayinfer"]
     speeds, shares, parts = [], [], []
     for one in report["workloads"]:
-        shown = [f"{line['output_tok_s']:,.0f}" if (line := one["engines"].get(name)) else "-" for name in engines]
+        values = [one["engines"].get(name, {}).get("output_tok_s") for name in engines]
+        limits = (one.get("bounds") or {}).values()
         ratios = [f"{one['ratios'][name]:.2f}" if name in one["ratios"] else "-" for name in peers]
-        limits = [f"{value:,.0f}" for value in (one.get("bounds") or {}).values()] or ["-"] * 3
-        speeds.append([f"{one['name']} ({one['rows']:,} rows)", *shown, *ratios, *limits])
+        shown, bound = ([f"{v:,.0f}" if v else "-" for v in some] for some in (values, limits or [None] * 3))
+        speeds.append([f"{one['name']} ({one['rows']:,} rows)", *shown, *ratios, *bound])
         if one.get("shares"):
             parts = list(one["shares"])
             shares.append([one["name"], *(f"{share:.0%}" for share in one["shares"].values())])
-    header = ["output tokens/s", *engines, *(f"rayinfer / {name}" for name in peers)]
-    return [
-        ([*header, *(f"bound {name}" for name in "ABC")], speeds),
-        (["share of rayinfer's time", *parts], shares),
-    ]
+    ratio_names = [f"rayinfer / {name}" for name in peers]
+    header = ["output tokens/s", *engines, *ratio_names, "bound A", "bound B", "bound C"]
+    return [(header, speeds), (["share of rayinfer's time", *parts], shares)]
 
 
 def plot(report: Line, path: Path) -> None:

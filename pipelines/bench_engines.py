@@ -14,6 +14,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,64 +31,52 @@ PARTS = {
 
 
 def run_rayinfer(request: Line) -> Iterator[Line]:
-    from rayinfer import LLM, SamplingParams
+    import rayinfer
 
     yield _ceilings(request)
-    start = time.perf_counter()
-    llm = LLM(request["model"], load_format=request["load_format"], **request["engine_kwargs"])
-    init, engine = time.perf_counter() - start, llm.engine
-
-    def asked(work: Workload) -> tuple[list[dict], list[SamplingParams]]:
-        params = {"temperature": work.temperature, "ignore_eos": True, "detokenize": False}
-        return [{"prompt_token_ids": p} for p in work.prompts], [
-            SamplingParams(max_tokens=n, **params) for n in work.out_lens
-        ]
-
-    llm.generate(*asked(request["warmup"]), use_tqdm=False, on_error="raise")
-    lines: list[tuple[Workload, Line, int]] = []
-    for work in request["works"]:
+    options = {"load_format": request["load_format"], **request["engine_kwargs"]}
+    init, llm = _timed(lambda: rayinfer.LLM(request["model"], **options))
+    engine = llm.engine
+    more = {"kv_tokens": (engine.pool.num_blocks - 1) * engine.pool.block_size, "max_rows": engine.max_num_seqs}
+    lines = [
+        (work, {**line, **more, "steps": engine.snapshot().num_steps, "shape": _shape(engine)})
+        for work, line in _generate(rayinfer, llm, request, init)
+    ]
+    for (_, before), (work, line) in pairwise(lines):
         llm.reset_prefix_cache()
-        before = engine.snapshot().num_steps
-        wall, outputs = _timed(lambda work=work: llm.generate(*asked(work), use_tqdm=False, on_error="raise"))
-        line = _line(work, wall, sum(len(o.outputs[0].token_ids) for o in outputs), init)
-        num_steps = engine.snapshot().num_steps - before
-        kv_tokens = (engine.pool.num_blocks - 1) * engine.pool.block_size
-        more = {"steps": num_steps, "kv_tokens": kv_tokens, "max_rows": engine.max_num_seqs, "shape": _shape(engine)}
-        lines.append((work, {**line, **more}, num_steps))
-    for work, line, num_steps in lines:
-        llm.reset_prefix_cache()
-        for number, (row, params) in enumerate(zip(*asked(work), strict=True)):
+        for number, (row, params) in enumerate(zip(*_asked(rayinfer, work), strict=True)):
             engine.add(str(number), engine.inputs.encode({**row, "sampling_params": params}))
-        yield {**line, "shares": _shares(engine, num_steps)}
+        line = {**line, "steps": line["steps"] - before["steps"]}
+        yield {**line, "shares": _shares(engine, line["steps"])}
 
 
 def run_vllm(request: Line) -> Iterator[Line]:
-    start = time.perf_counter()
+    """With its defaults, which are its best on one GPU, and the flags that benchmarks of it set."""
     import vllm
 
-    # Its defaults, which are its best on one GPU, with the flags that benchmarks of it set.
-    llm = vllm.LLM(
-        model=request["model"], load_format=request["load_format"], skip_tokenizer_init=True, dtype=request["dtype"],
-        enable_prefix_caching=True, max_model_len=request["max_model_len"], max_num_seqs=1024, disable_log_stats=True,
-        gpu_memory_utilization=0.9,
-    )  # fmt: skip
-    init = time.perf_counter() - start
-
-    def generate(work: Workload) -> list[Any]:
-        params = {"temperature": work.temperature, "ignore_eos": True, "detokenize": False}
-        return llm.generate(
-            [{"prompt_token_ids": p} for p in work.prompts],
-            [vllm.SamplingParams(max_tokens=n, **params) for n in work.out_lens],
-            use_tqdm=False,
-        )
-
-    generate(request["warmup"])
+    options = {"enable_prefix_caching": True, "max_num_seqs": 1024, "disable_log_stats": True}
+    options |= {key: request[key] for key in ("load_format", "dtype", "max_model_len")}
+    init, llm = _timed(lambda: vllm.LLM(model=request["model"], skip_tokenizer_init=True, **options))
     cache = llm.llm_engine.vllm_config.cache_config
-    for work in request["works"]:
+    for work, line in _generate(vllm, llm, request, init):
+        if work is not request["warmup"]:
+            yield {**line, "kv_tokens": cache.num_gpu_blocks * cache.block_size}
+
+
+def _asked(module: Any, work: Workload) -> tuple[list[dict], list[Any]]:
+    """Rows and sampling parameters; rayinfer and vllm have the same names for them."""
+    params = {"temperature": work.temperature, "ignore_eos": True, "detokenize": False}
+    rows = [{"prompt_token_ids": prompt} for prompt in work.prompts]
+    return rows, [module.SamplingParams(max_tokens=n, **params) for n in work.out_lens]
+
+
+def _generate(module: Any, llm: Any, request: Line, init: float) -> Iterator[tuple[Workload, Line]]:
+    """Warm up, then run every workload, each with an empty prefix cache."""
+    for work in (request["warmup"], *request["works"]):
         llm.reset_prefix_cache()
-        wall, outputs = _timed(lambda work=work: generate(work))
-        line = _line(work, wall, sum(len(o.outputs[0].token_ids) for o in outputs), init)
-        yield {**line, "kv_tokens": cache.num_gpu_blocks * cache.block_size}
+        asked = _asked(module, work)
+        wall, outputs = _timed(lambda asked=asked: llm.generate(*asked, use_tqdm=False))
+        yield work, _line(work, wall, sum(len(output.outputs[0].token_ids) for output in outputs), init)
 
 
 def run_transformers(request: Line) -> Iterator[Line]:
@@ -224,6 +213,10 @@ def main() -> None:
     request = json.loads(Path(request_path).read_text())
     request["works"] = [Workload(**work) for work in request["works"]]
     request["warmup"] = warmup(request["vocab"], n=8 if request["device"] == "cpu" else 32)
+    if threads := request["engine_kwargs"].get("num_threads"):  # for every engine, and for what the device can do
+        import torch
+
+        torch.set_num_threads(threads)
     with open(result_path, "a") as file:
         for line in ENGINES[engine](request):
             print(json.dumps({"engine": engine, **line}), file=file, flush=True)
