@@ -13,7 +13,6 @@ from deltalake.exceptions import TableNotFoundError
 from deltalake.transaction import AddAction, CommitProperties, RemoveAction, Transaction
 
 from rayinfer.errors import ConfigError
-from rayinfer.pipelines.identity import bare_uri
 from rayinfer.pipelines.log import Part
 from rayinfer.pipelines.tables import Table
 
@@ -29,7 +28,7 @@ class DeltaSink(Table):
         except TableNotFoundError:
             return None
         if table.transaction_version(OWNER) is None:
-            uri = bare_uri(self.sink.uri)
+            uri = self.sink.uri
             raise ConfigError(f"sink.uri = {uri!r}: holds a Delta table that no job made; name another folder")
         return table
 

@@ -11,7 +11,6 @@ from pyiceberg.exceptions import NoSuchNamespaceError, NoSuchTableError
 from pyiceberg.io.pyarrow import parquet_file_to_data_file, schema_to_pyarrow
 
 from rayinfer.errors import ConfigError
-from rayinfer.pipelines.identity import bare_uri
 from rayinfer.pipelines.job import SinkSpec
 from rayinfer.pipelines.log import Part
 from rayinfer.pipelines.store import Store
@@ -39,7 +38,7 @@ class IcebergSink(Table):
             return None
         place = f"sink.table = {self._name!r}"
         if table.location().rstrip("/") != self._location:
-            raise ConfigError(f"{place}: its files are in {bare_uri(table.location())!r}; name another table")
+            raise ConfigError(f"{place}: its files are in {table.location()!r}; name another table")
         if hasattr(self, "schema") and _arrow(table.schema()) != self.schema:
             raise ConfigError(f"{place}: has other columns than this job writes; drop it first, or name another table")
         # Of this object alone: no commit is tried again on top of a version that was not looked at.

@@ -219,7 +219,7 @@ def _work(
             except KeyboardInterrupt:
                 progress.phase("stopping: ending the engines and Ray", counters=False)
                 if table:
-                    table.sync(log)
+                    table.follow(log, now=True)
                 raise
             finally:
                 result.count(log)

@@ -21,9 +21,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from rayinfer.errors import ConfigError
+from rayinfer.errors import ConfigError, bare_uri
 from rayinfer.pipelines import store as stores
-from rayinfer.pipelines.identity import bare_uri, read_job
+from rayinfer.pipelines.identity import read_job
 from rayinfer.pipelines.job import SinkSpec
 from rayinfer.pipelines.log import CommitLog, OutputTakenError, Part, part_ids
 from rayinfer.pipelines.store import Store
@@ -120,9 +120,9 @@ class Table:
                 reason = self.say(error)
         raise OSError(f"the {self.sink.format} table was not brought to the log: {reason}")
 
-    def follow(self, log: CommitLog) -> None:
-        """Bring the table to the log now and then; a failure is left for the next time."""
-        if time.monotonic() - self._last >= FOLLOW_SECONDS:
+    def follow(self, log: CommitLog, *, now: bool = False) -> None:
+        """Bring the table to the log now, or now and then; a failure is left for the next time."""
+        if now or time.monotonic() - self._last >= FOLLOW_SECONDS:
             with contextlib.suppress(OSError):
                 self.sync(log)
             self._last = time.monotonic()
