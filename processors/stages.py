@@ -41,8 +41,9 @@ class Prepare:
 
         self._inputs = InputProcessor(engine, chat_template, chat_template_kwargs)
         self._preprocess = preprocess
-        if hasattr(preprocess, "control_tokens") and self._inputs.tokenizer is not None:  # it renders a template itself
-            preprocess.control_tokens = ControlTokens(self._inputs.tokenizer)
+        renders: Any = preprocess
+        if hasattr(renders, "control_tokens") and self._inputs.tokenizer is not None:  # a template of its own
+            renders.control_tokens = ControlTokens(self._inputs.tokenizer)
         self._defaults = sampling_defaults(sampling_params)
         self._batch_size = batch_size
         self._on_error = on_error
@@ -192,6 +193,7 @@ def _result_table(
             row.get(name) if result is None else result.get(name) for row, result in zip(rows, results, strict=True)
         ]
         passed_through = all(value is row.get(name) for value, row in zip(values, rows, strict=True))
+        passed_through &= name not in col.ERROR_COLUMNS or None not in results  # the table does not know these errors
         if passed_through and name in table.column_names and name not in replaced:
             arrays[name] = table.column(name)  # it keeps its Arrow type
         elif passed_through and name in _INPUT_TYPES:

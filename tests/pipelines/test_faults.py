@@ -26,6 +26,7 @@ from benchmarks.fault_world import compare
 from rayinfer.pipelines import store as store_module
 from rayinfer.pipelines.log import Lease
 from rayinfer.pipelines.store import LocalStore, Store
+from rayinfer.processors.stages import finish
 
 ROOT = Path(__file__).resolve().parents[2]
 NO_ENGINE = ["rerun after success", "changed prompt", "changed model", "changed sampling"]  # 5 seeds each
@@ -88,6 +89,19 @@ def test_a_lease_whose_writing_reports_an_error_is_given_back():
     with pytest.raises(OSError, match="injected"), Lease(sim.SeamStore(bucket, outage.seam)):
         pass
     Lease(bucket).check()  # this process may try again
+
+
+def test_a_row_at_which_a_postprocess_that_returns_its_rows_raises():
+    """Found by the kind 'user functions', seed 3: the row kept the error column that it came with, without an error."""
+
+    def picky(row):
+        return {**row, "id": 1 / row["id"]}
+
+    rows = [{"id": id, "generated_text": "a", "error_type": None, "error_message": None} for id in range(3)]
+    fields = [("id", pa.int64()), *((name, pa.string()) for name in ("generated_text", "error_type", "error_message"))]
+    table = finish(pa.Table.from_pylist(rows, pa.schema(fields)), picky, "record")
+    assert table["error_type"].to_pylist() == ["POSTPROCESS_ERROR", None, None]
+    assert "ZeroDivisionError" in table["error_message"][0].as_py()
 
 
 def test_the_oracle_sees_what_is_wrong(tmp_path):
