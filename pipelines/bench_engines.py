@@ -14,6 +14,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,11 @@ PARTS = {
 
 def run_rayinfer(request: Line) -> Iterator[Line]:
     import rayinfer
+    from rayinfer.llm import LLM
 
     yield _ceilings(request)
     options = {"load_format": request["load_format"], **request["engine_kwargs"]}
-    init, llm = _timed(lambda: rayinfer.LLM(request["model"], **options))
+    init, llm = _timed(lambda: LLM(request["model"], **options))
     engine = llm.engine
     more = {"kv_tokens": (engine.pool.num_blocks - 1) * engine.pool.block_size, "max_rows": engine.max_num_seqs}
     lines = [
@@ -75,7 +77,7 @@ def _generate(module: Any, llm: Any, request: Line, init: float) -> Iterator[tup
     for work in (request["warmup"], *request["works"]):
         llm.reset_prefix_cache()
         asked = _asked(module, work)
-        wall, outputs = _timed(lambda asked=asked: llm.generate(*asked, use_tqdm=False))
+        wall, outputs = _timed(partial(llm.generate, *asked, use_tqdm=False))
         yield work, _line(work, wall, sum(len(output.outputs[0].token_ids) for output in outputs), init)
 
 
@@ -113,7 +115,7 @@ def run_transformers(request: Line) -> Iterator[Line]:
 
     generate(request["warmup"])
     for work in request["works"]:
-        wall, _ = _timed(lambda work=work: generate(work))
+        wall, _ = _timed(partial(generate, work))
         yield _line(work, wall, work.num_output_tokens, init)
 
 
@@ -161,13 +163,19 @@ def _shares(engine: Any, num_steps: int) -> dict[str, float]:
     from torch.profiler import ProfilerActivity, profile
 
     cuda, times, wall, done = engine.device.type == "cuda", Counter[str](), 0.0, 0
+    wait: Callable[[], object] = torch.cuda.synchronize if cuda else int
     length = max(1, min(STEPS, num_steps // 4))
     for start in (num_steps // 4, num_steps // 2):
         while done < start and engine.has_work:
             engine.step()
             done += 1
+        wait()
         with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as trace:
-            wall += _timed(lambda: [engine.step() for _ in range(length)] and cuda and torch.cuda.synchronize())[0]
+            begin = time.perf_counter()
+            for _ in range(length):
+                engine.step()
+            wait()
+            wall += time.perf_counter() - begin
         done += length
         for event in trace.key_averages():
             time_us = event.self_device_time_total if cuda else event.self_cpu_time_total

@@ -167,7 +167,7 @@ def bench(
         if random_weights:
             kwargs["load_format"] = "dummy"
         chosen = timing.choose_engines(engines)
-        options = {"column": column, "max_tokens": max_tokens, "limit": limit, "engine_kwargs": kwargs}
+        options: dict[str, Any] = {"column": column, "max_tokens": max_tokens, "limit": limit, "engine_kwargs": kwargs}
         planned = timing.plan(what, model, **options)
         planned.engines, planned.timeout = chosen, timeout
         report = timing.run(planned, lambda text: console.print(Text(text, style="dim")))
