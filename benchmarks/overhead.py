@@ -26,7 +26,7 @@ from common import ROOT, describe_machine, table, write_result
 from memory_flat import Sampler
 from tiny_llama import save_tiny_llama
 
-ENGINE = dict(max_model_len=128, max_num_seqs=64, cpu_kv_cache_gib=0.05, num_threads=1, device="cpu")
+ENGINE = dict(max_model_len=128, max_num_seqs=512, cpu_kv_cache_gib=0.2, num_threads=1, device="cpu")
 MAX_TOKENS = 2
 ROWS_PER_CALL = 10_000  # of LLM.generate
 
