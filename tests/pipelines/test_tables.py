@@ -24,6 +24,7 @@ from rayinfer.pipelines.sources import ReadUnits, list_source, take_census
 from rayinfer.pipelines.store import open_store
 from rayinfer.pipelines.tables import Table, open_table
 from rayinfer.pipelines.verify import verify
+from tests.pipelines.test_run import reference_texts
 
 SECRET = "canary-7431"
 
@@ -102,28 +103,23 @@ def sink_of(format: str, folder: Path) -> dict:
 
 
 @pytest.mark.slow
-def test_jobs_give_the_rows_of_a_parquet_job(tmp_path, local_ray, job, table):
+def test_jobs_give_every_row_once_with_its_text(tmp_path, local_ray, job, model_path, table):
     table = table.append_column("nested", pa.array([[{"a": float(i)}] * i for i in range(12)]))
-    table = table.set_column(1, "text", pa.array([None if i == 4 else f"row {i}" for i in range(12)]))
+    texts = [None if i == 4 else f"row {i}" for i in range(12)]
+    table = table.set_column(1, "text", pa.array(texts))
     pq.write_table(table, tmp_path / "in.parquet")
     source = {"uri": str(tmp_path / "in.parquet"), "id_column": "id"}
-
-    def run(format: str) -> list[dict]:
-        (tmp_path / format).mkdir(exist_ok=True)
+    want = iter(reference_texts(model_path, [f"Say: {text}" for text in texts if text]))
+    want = [next(want) if text else None for text in texts]
+    for format in sim.KINDS:
+        (tmp_path / format).mkdir()
         spec = JobSpec.parse(job(source, sink=sink_of(format, tmp_path / format)))
         result = run_job(spec)
         assert (result.status, result.num_ok, result.num_failed) == ("complete", 11, 1), result.reason
         assert verify(str(tmp_path / format / "out"), spec.sink)[1] == []
-        if format == "parquet":
-            return pq.read_table(tmp_path / "parquet" / "out").to_pylist()
-        return sim.read_table(format, str(tmp_path / format))[1]
-
-    def sort(rows: list[dict]) -> list[dict]:
-        return sorted(({**row, "num_cached_tokens": 0} for row in rows), key=lambda row: row["id"])
-
-    want = sort(run("parquet"))
-    for format in sim.KINDS:
-        assert sort(run(format)) == want
+        rows = sorted(sim.read_table(format, str(tmp_path / format))[1], key=lambda row: row["id"])
+        assert [row["generated_text"] for row in rows] == want
+        assert [{name: row[name] for name in table.column_names} for row in rows] == table.to_pylist()
     folder = tmp_path / "iceberg" / "out"
     assert [path for path in folder.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()] == []
 
