@@ -13,6 +13,7 @@ import argparse
 import collections
 import datetime
 import io
+import itertools
 import tempfile
 import time
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ from rayinfer.sampling import SamplingParams
 
 MAX_MODEL_LEN = 64
 BATCH_ROWS = 256
+PLACE = "__place"
 RUN_ROWS = 1000  # of one seed
 GREEDY = {"temperature": 0, "max_tokens": 6, "ignore_eos": True}
 GOOD: list[dict[str, Any]] = [
@@ -194,7 +196,12 @@ class Fuzzer:
 
     def _finish(self, tables: Sequence[pa.Table]) -> list[dict[str, Any]]:
         """What the stages and LLMProcessor make of tables: rows, and blocks that another process can have."""
-        blocks = [block for table in tables for block in self._stage(table)]
+        starts = [0, *itertools.accumulate(table.num_rows for table in tables)]
+        placed = [
+            table.append_column(PLACE, pa.array(range(start, start + table.num_rows)))
+            for start, table in zip(starts, tables, strict=False)
+        ]
+        blocks = [block for table in placed for block in self._stage(table)]
         results = iter(self._answers(pa.concat_tables([block.select(col.ENCODED.names) for block in blocks])))
         rows = []
         for block in blocks:
@@ -204,8 +211,8 @@ class Fuzzer:
             finished.validate(full=True)
             with pa.ipc.new_stream(io.BytesIO(), finished.schema) as stream:
                 stream.write_table(finished)
-            rows += finished.select(col.OUTPUT.names).to_pylist()
-        return rows
+            rows += finished.select([*col.OUTPUT.names, PLACE]).to_pylist()
+        return sorted(rows, key=lambda row: row[PLACE])  # the stage may put rows in another order
 
     def _answers(self, block: pa.Table) -> list[Any]:
         results: list[Any] = []
@@ -248,7 +255,7 @@ def _as_table(row: Any) -> pa.Table | None:
     except Exception:  # no mapping, no type, no UTF-8
         return None
     known = {"prompt", "messages", "prompt_token_ids"} & set(columns)
-    return table if known and not {*col.HIDDEN} & set(columns) else None
+    return table if known and not {PLACE, *col.HIDDEN} & set(columns) else None
 
 
 def fuzz(num_rows: int, first_seed: int, folder: Path) -> Fuzzer:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
+from benchmarks.fuzz_rows import fuzz
 from rayinfer import EngineConfig
+from rayinfer.errors import ErrorType
 from rayinfer.processors import LLMProcessor
 from rayinfer.processors import columns as col
 from rayinfer.processors.stages import Prepare, finish
@@ -92,8 +95,22 @@ def test_columns_of_wrong_types(answers, llm, case):
         assert not wrong(row, what, error_type, fragments)
 
 
+def test_the_readme_has_every_error_type():
+    text = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+    assert set(re.findall(r"^\| `([A-Z_]+)` \| (?:read|prepare|engine|finish)", text, re.M)) == set(ErrorType)
+
+
 def test_the_table_is_what_it_says():
     cases = [*bad_inputs.ROWS, *bad_inputs.COLUMNS]
     assert len(cases) >= 250
     names = [what for what, *_ in cases]
     assert len(set(names)) == len(names), {name for name in names if names.count(name) > 1}
+
+
+def test_fuzzed_rows_end_as_answers_or_errors(tmp_path):
+    """A slice of benchmarks/fuzz_rows.py, which raises for an engine that dies and a good row that changes."""
+    fuzzer = fuzz(400, 0, tmp_path)
+    assert sum(fuzzer.ends.values()) == fuzzer.num_rows + fuzzer.num_columns
+    assert set(fuzzer.ends) <= {"ok", *ErrorType}
+    assert {"ok", "INVALID_PROMPT", "INVALID_SAMPLING_PARAMS", "PREPROCESS_ERROR"} <= set(fuzzer.ends)
+    assert fuzzer.num_good == 25

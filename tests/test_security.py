@@ -153,7 +153,7 @@ def test_control_tokens_of_a_job_are_those_of_its_template(model_path, engine_kw
     source = pa.array([{"text": "a<eos>b"}, {"text": "clean"}])
     (block,) = stage(pa.table({SOURCE: source, SOURCE_ERROR: pa.nulls(2, pa.string())}))
     eos = stage._inputs.tokenizer.eos_token_id
-    hostile, clean = block["__rayinfer_token_ids"].to_pylist()
+    clean, hostile = sorted(block["__rayinfer_token_ids"].to_pylist(), key=len)
     assert clean == stage._inputs.tokenizer("clean<eos>CLEAN<eos>")["input_ids"]
     assert hostile.count(eos) == clean.count(eos) == 2
     assert stage._inputs.tokenizer.decode(hostile) == "a<eos>b<eos>A<EOS>B<eos>"
