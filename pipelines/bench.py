@@ -167,12 +167,13 @@ def _run_engine(name: str, request: Line, timeout: float) -> tuple[list[Line], s
         paths = [Path(folder, file) for file in ("request.json", "result.jsonl", "log")]
         paths[0].write_text(json.dumps(request))
         paths[1].touch()
-        command = [sys.executable, "-m", "rayinfer.pipelines.bench_engines", name, *map(str, paths[:2])]
-        search = os.pathsep.join(filter(None, [*sys.path]))  # this very rayinfer, also when it is not installed
+        # With this process's path: this very rayinfer, also when it is not installed.
+        code = (
+            "import json, sys; sys.path[:] = json.loads(sys.argv.pop()); from rayinfer.pipelines import bench_engines"
+        )
+        command = [sys.executable, "-c", f"{code}; bench_engines.main()", name, *map(str, paths[:2])]
         with paths[2].open("wb") as log:
-            process = subprocess.Popen(
-                command, stdout=log, stderr=log, env={**os.environ, "PYTHONPATH": search}, start_new_session=True
-            )
+            process = subprocess.Popen([*command, json.dumps(sys.path)], stdout=log, stderr=log, start_new_session=True)
             try:
                 failure = "" if process.wait(timeout) == 0 else f"ended with exit code {process.returncode}"
             except subprocess.TimeoutExpired:

@@ -1,9 +1,8 @@
 """What `rayinfer bench` runs in a process for each engine: the same rows, one line of JSON a workload.
 
-    python -m rayinfer.pipelines.bench_engines ENGINE REQUEST.json RESULT.jsonl
-
-ENGINE is a key of ENGINES. Every row gets exactly the tokens that its workload says (EOS is ignored), so that engines
-differ in time alone. Nothing of rayinfer's engine is loaded in a peer's process.
+The arguments of `main`: a key of ENGINES, a file with the request (from bench.py), a file for the lines. Every row gets
+exactly the tokens that its workload says (EOS is ignored), so that engines differ in time alone. Nothing of rayinfer's
+engine is loaded in a peer's process.
 """
 
 from __future__ import annotations
@@ -217,6 +216,7 @@ def _line(work: Workload, wall: float, num: int, init: float) -> Line:
 
 
 def main() -> None:
+    """Run one engine, in a process of its own."""
     engine, request_path, result_path = sys.argv[1:]
     request = json.loads(Path(request_path).read_text())
     request["works"] = [Workload(**work) for work in request["works"]]
@@ -228,7 +228,3 @@ def main() -> None:
     with open(result_path, "a") as file:
         for line in ENGINES[engine](request):
             print(json.dumps({"engine": engine, **line}), file=file, flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -113,6 +113,7 @@ def test_rows_of_a_table_and_of_a_job(model_path, job, tmp_path):
     assert work.name == "job"
 
 
+@pytest.mark.slow
 def test_a_run_from_the_command_line(cli, model_path, tmp_path):
     pq.write_table(pa.table({"prompt": ["some words", "more", "the last"]}), tmp_path / "in.parquet")
     kwargs = json.dumps({"device": "cpu", "num_threads": 1, "cpu_kv_cache_gib": 0.01})
