@@ -45,6 +45,7 @@ def run(folder: Path, num_rows: int, notice: float, silent: bool) -> list[list[A
     import pyarrow.parquet as pq
     import ray
     from ray.cluster_utils import Cluster
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
     from rich.console import Console
 
     from rayinfer.pipelines.job import JobSpec
@@ -73,7 +74,8 @@ def run(folder: Path, num_rows: int, notice: float, silent: bool) -> list[list[A
     try:
         ray.init(address=cluster.address, log_to_driver=False)
         begin = time.monotonic()
-        make = stats.StatsBoard.remote
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        make = stats.StatsBoard.options(scheduling_strategy=here).remote  # not on the node that ends
         stats.StatsBoard.remote = lambda: boards.append(make()) or boards[-1]
         killer = threading.Thread(
             target=end_node, args=(cluster, nodes[0], 0.0 if silent else notice, folder / "out", seen)

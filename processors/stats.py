@@ -14,7 +14,7 @@ _GAUGES = ("num_running", "num_waiting")  # of now; all other counts only grow
 _FRESH_S = 10.0  # an engine that has been silent for longer runs nothing
 
 
-@ray.remote(num_cpus=0)
+@ray.remote(num_cpus=0, max_restarts=-1)  # its node may go; what is counted then begins anew
 class StatsBoard:
     """Make one with `StatsBoard.remote()` and hand it to `build_processor(..., stats_actor=board)`."""
 
