@@ -11,8 +11,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?= -n 2 --dist loadfile
 MARKERS ?= not gpu
-# One torch thread for each test process: two of them share the machine with Ray's workers.
-TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0
+# One torch thread for each test process: two of them share the machine with Ray's workers, which would starve beside
+# them at the niceness of 15 that Ray gives its workers.
+TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 RAY_worker_niceness=0
 
 .PHONY: install fetch demo test notebooks lint format types sizes check clean
 

@@ -34,10 +34,10 @@ import numpy as np
 from common import table
 
 from rayinfer import LLM, SamplingParams
+from rayinfer.bench.workloads import Workload, build, warmup
 from rayinfer.kernels import paged_prefill as prefill_module
 from rayinfer.kernels.matmul import Tile, default_tile, matmul
 from rayinfer.kernels.paged_decode import paged_decode
-from rayinfer.pipelines.workloads import Workload, build, warmup
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")

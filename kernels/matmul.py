@@ -28,21 +28,9 @@ class Tile(NamedTuple):
 # The number of rows varies from step to step, and a value that is 1 or a multiple of 16 would compile anew.
 @triton.jit(do_not_specialize=["num_rows"])
 def _matmul_kernel(
-    x_ptr,
-    w_ptr,
-    bias_ptr,
-    out_ptr,
-    num_rows,
-    num_out,
-    num_in,
-    x_stride,
-    w_stride,
-    TMA: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    GROUP: tl.constexpr,
-):
+    x_ptr, w_ptr, bias_ptr, out_ptr, num_rows, num_out, num_in, x_stride, w_stride, TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
     # Neighbouring programs take the same weights for GROUP tiles of rows, then go on to the next weights.
     tiles_m = tl.cdiv(num_rows, BLOCK_M)
     per_group = GROUP * tl.cdiv(num_out, BLOCK_O)
@@ -82,13 +70,9 @@ def default_tile(itemsize: int) -> Tile:
 
 
 def matmul(
-    x_MI: torch.Tensor,
-    w_OI: torch.Tensor,
-    bias_O: torch.Tensor | None = None,
-    *,
-    tile: Tile | None = None,
+    x_MI: torch.Tensor, w_OI: torch.Tensor, bias_O: torch.Tensor | None = None, *, tile: Tile | None = None,
     tma: bool | None = None,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """x W^T + b, each row the same to the last bit in any batch and at any place in it.
 
     Args:

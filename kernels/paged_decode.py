@@ -41,39 +41,12 @@ def _num_tiles(seq_len, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
     do_not_specialize_on_alignment=["table_ptr", "seq_lens_ptr", "shared_len_ptr"],
 )
 def _decode_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    out_ptr,
-    part_ptr,
-    lse_ptr,
-    task_ptr,
-    table_ptr,
-    seq_lens_ptr,
-    shared_len_ptr,
-    prefix_ptr,
-    prefix_lse_ptr,
-    num_rows,
-    q_strides,
-    out_strides,
-    table_stride,
-    k_strides,
-    v_strides,
-    scale,
-    softcap,
-    NUM_KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PAGE: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    SPLIT: tl.constexpr,
-    MIN_TILES: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    q_ptr, k_ptr, v_ptr, out_ptr, part_ptr, lse_ptr, task_ptr, table_ptr, seq_lens_ptr, shared_len_ptr, prefix_ptr,
+    prefix_lse_ptr, num_rows, q_strides, out_strides, table_stride, k_strides, v_strides, scale, softcap,
+    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SPLIT: tl.constexpr, MIN_TILES: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """Tiles are numbered over (row, KV head, tile of the row); program i takes numbers [i * share, (i + 1) * share)."""
     pid = tl.program_id(0)
     if SPLIT:
@@ -117,28 +90,13 @@ def _decode_kernel(
 
         q_MD = q_ptr + row.to(tl.int64) * q_strides[0] + (kv_head * GROUP + m_M)[:, None] * q_strides[1] + d_D[None, :]
         acc_MD, max_M, sum_M = attend_tiles(
-            tl.load(q_MD, mask=mask_MD, other=0.0),
-            tl.full([BLOCK_M], 0, tl.int32) + (seq_len - 1),
-            tl.zeros([BLOCK_M, BLOCK_D], tl.float32),
-            tl.full([BLOCK_M], FLOOR, tl.float32),
-            tl.zeros([BLOCK_M], tl.float32),
-            k_ptr + kv_head.to(tl.int64) * k_strides[2],
-            v_ptr + kv_head.to(tl.int64) * v_strides[2],
-            table_ptr + row.to(tl.int64) * table_stride + first_block,
-            k_strides,
-            v_strides,
-            seq_len,
-            low + begin,
-            low + end,
-            scale,
-            softcap,
-            HEAD_DIM,
-            PAGE,
-            WINDOW,
-            SOFTCAP,
-            True,
-            BLOCK_N,
-        )
+            tl.load(q_MD, mask=mask_MD, other=0.0), tl.full([BLOCK_M], 0, tl.int32) + (seq_len - 1),
+            tl.zeros([BLOCK_M, BLOCK_D], tl.float32), tl.full([BLOCK_M], FLOOR, tl.float32),
+            tl.zeros([BLOCK_M], tl.float32), k_ptr + kv_head.to(tl.int64) * k_strides[2],
+            v_ptr + kv_head.to(tl.int64) * v_strides[2], table_ptr + row.to(tl.int64) * table_stride + first_block,
+            k_strides, v_strides, seq_len, low + begin, low + end, scale, softcap, HEAD_DIM, PAGE, WINDOW, SOFTCAP,
+            True, BLOCK_N,
+        )  # fmt: skip
         if shared_len_ptr is not None:
             # The prefix joins last, when the tiles' registers are free, in the program that began the item.
             known_M = (m_M < GROUP) & (begin == 0) & (shared_len > 0)
@@ -184,20 +142,11 @@ def _launch_shape(block_m: int, block_d: int, itemsize: int) -> tuple[int, int, 
 
 
 def paged_decode(
-    q_BHD: torch.Tensor,
-    k_NSKD: torch.Tensor,
-    v_NSKD: torch.Tensor,
-    block_table_BP: torch.Tensor,
-    seq_lens_B: torch.Tensor,
-    *,
-    scale: float,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    out_BHD: torch.Tensor | None = None,
-    num_programs: int | None = None,
-    shared_len_B: torch.Tensor | None = None,
+    q_BHD: torch.Tensor, k_NSKD: torch.Tensor, v_NSKD: torch.Tensor, block_table_BP: torch.Tensor,
+    seq_lens_B: torch.Tensor, *, scale: float, sliding_window: int | None = None, softcap: float | None = None,
+    out_BHD: torch.Tensor | None = None, num_programs: int | None = None, shared_len_B: torch.Tensor | None = None,
     prefix: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Attention of each row's last token, at position seq_len - 1, over the row's cached keys and values.
 
     Args:

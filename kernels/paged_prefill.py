@@ -20,30 +20,11 @@ from rayinfer.kernels.paged_tiles import FLOOR, attend_tiles, check_cache
     do_not_specialize_on_alignment=["table_ptr", "seq_lens_ptr", "query_start_ptr"],
 )
 def _prefill_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    out_ptr,
-    table_ptr,
-    seq_lens_ptr,
-    query_start_ptr,
-    q_strides,
-    out_strides,
-    table_stride,
-    k_strides,
-    v_strides,
-    scale,
-    softcap,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PAGE: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    FIXED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, out_ptr, table_ptr, seq_lens_ptr, query_start_ptr, q_strides, out_strides, table_stride,
+    k_strides, v_strides, scale, softcap, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, FIXED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):
+):  # fmt: skip
     # The last tile of a row sees the most keys: it starts first.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
@@ -85,51 +66,13 @@ def _prefill_kernel(
             # Tiles that every query sees whole need no mask.
             masked_from = (first_pos + 1) // BLOCK_N
             acc_MD, max_M, sum_M = attend_tiles(
-                q_MD,
-                pos_M,
-                acc_MD,
-                max_M,
-                sum_M,
-                k_ptr,
-                v_ptr,
-                table_ptr,
-                k_strides,
-                v_strides,
-                seq_len,
-                0,
-                masked_from,
-                scale,
-                softcap,
-                HEAD_DIM,
-                PAGE,
-                WINDOW,
-                SOFTCAP,
-                False,
-                BLOCK_N,
-            )
+                q_MD, pos_M, acc_MD, max_M, sum_M, k_ptr, v_ptr, table_ptr, k_strides, v_strides, seq_len, 0,
+                masked_from, scale, softcap, HEAD_DIM, PAGE, WINDOW, SOFTCAP, False, BLOCK_N,
+            )  # fmt: skip
         acc_MD, max_M, sum_M = attend_tiles(
-            q_MD,
-            pos_M,
-            acc_MD,
-            max_M,
-            sum_M,
-            k_ptr,
-            v_ptr,
-            table_ptr,
-            k_strides,
-            v_strides,
-            seq_len,
-            masked_from,
-            end,
-            scale,
-            softcap,
-            HEAD_DIM,
-            PAGE,
-            WINDOW,
-            SOFTCAP,
-            True,
-            BLOCK_N,
-        )
+            q_MD, pos_M, acc_MD, max_M, sum_M, k_ptr, v_ptr, table_ptr, k_strides, v_strides, seq_len, masked_from,
+            end, scale, softcap, HEAD_DIM, PAGE, WINDOW, SOFTCAP, True, BLOCK_N,
+        )  # fmt: skip
         acc_MD = acc_MD / tl.where(sum_M == 0, 1.0, sum_M)[:, None]
         out_MD = out_ptr + (token_M * out_strides[0] + head_M * out_strides[1])[:, None] + d_D[None, :]
         tl.store(out_MD, acc_MD.to(out_ptr.dtype.element_ty), mask=mask_MD)
@@ -152,20 +95,11 @@ def _launch_shape(
 
 
 def paged_prefill(
-    q_THD: torch.Tensor,
-    k_NSKD: torch.Tensor,
-    v_NSKD: torch.Tensor,
-    block_table_RP: torch.Tensor,
-    seq_lens_R: torch.Tensor,
-    query_start_R1: torch.Tensor,
-    *,
-    max_query_len: int,
-    scale: float,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    out_THD: torch.Tensor | None = None,
+    q_THD: torch.Tensor, k_NSKD: torch.Tensor, v_NSKD: torch.Tensor, block_table_RP: torch.Tensor,
+    seq_lens_R: torch.Tensor, query_start_R1: torch.Tensor, *, max_query_len: int, scale: float,
+    sliding_window: int | None = None, softcap: float | None = None, out_THD: torch.Tensor | None = None,
     fixed: bool = False,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Attention of prompt chunks; query i of a row is at position seq_len - query_len + i and sees up to itself.
 
     Args:
@@ -197,30 +131,10 @@ def paged_prefill(
     block_m, block_n, num_warps, num_stages = shape
     num_tiles = triton.cdiv(max_query_len, block_m // group)
     _prefill_kernel[(num_tiles, num_kv_heads, num_rows)](
-        q_THD,
-        k_NSKD,
-        v_NSKD,
-        out_THD,
-        block_table_RP,
-        seq_lens_R,
-        query_start_R1,
-        q_THD.stride()[:2],
-        out_THD.stride()[:2],
-        block_table_RP.stride(0),
-        k_NSKD.stride()[:3],
-        v_NSKD.stride()[:3],
-        scale,
-        softcap or 0.0,
-        GROUP=group,
-        HEAD_DIM=head_dim,
-        PAGE=k_NSKD.shape[1],
-        WINDOW=sliding_window or 0,
-        SOFTCAP=bool(softcap),
-        FIXED=fixed,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_D=block_d,
-        num_warps=num_warps,
+        q_THD, k_NSKD, v_NSKD, out_THD, block_table_RP, seq_lens_R, query_start_R1, q_THD.stride()[:2],
+        out_THD.stride()[:2], block_table_RP.stride(0), k_NSKD.stride()[:3], v_NSKD.stride()[:3], scale,
+        softcap or 0.0, GROUP=group, HEAD_DIM=head_dim, PAGE=k_NSKD.shape[1], WINDOW=sliding_window or 0,
+        SOFTCAP=bool(softcap), FIXED=fixed, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, num_warps=num_warps,
         num_stages=num_stages,
-    )
+    )  # fmt: skip
     return out_THD

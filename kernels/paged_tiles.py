@@ -19,28 +19,10 @@ FLOOR = tl.constexpr(-1.0e30)
 
 @triton.jit
 def attend_tiles(
-    q_MD,
-    pos_M,
-    acc_MD,
-    max_M,
-    sum_M,
-    k_ptr,
-    v_ptr,
-    table_ptr,
-    k_strides,
-    v_strides,
-    seq_len,
-    first,
-    last,
-    scale,
-    softcap,
-    HEAD_DIM: tl.constexpr,
-    PAGE: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    MASKED: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    q_MD, pos_M, acc_MD, max_M, sum_M, k_ptr, v_ptr, table_ptr, k_strides, v_strides, seq_len, first, last, scale,
+    softcap, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    MASKED: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """Take KV tiles [first, last) of one row and one KV head into (acc, max, sum); scores are in log2 units.
 
     Without MASKED the tiles must lie below `seq_len` and below every position in `pos_M`.
@@ -90,18 +72,9 @@ def attend_tiles(
 
 @triton.jit
 def merge_kernel(
-    part_ptr,
-    lse_ptr,
-    task_ptr,
-    out_ptr,
-    out_lse_ptr,
-    out_strides,
-    NUM_KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
+    part_ptr, lse_ptr, task_ptr, out_ptr, out_lse_ptr, out_strides, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
     """Merge the parts of the item that program `pid` of the kernel before began and did not end, for one query head.
 
     With `out_lse_ptr` items are where their first head's log-sum-exp goes; a head whose parts have none is left out.

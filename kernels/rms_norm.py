@@ -9,19 +9,9 @@ import triton.language as tl
 
 @triton.jit
 def _rms_norm_kernel(
-    x_ptr,
-    residual_ptr,
-    weight_ptr,
-    out_ptr,
-    sum_ptr,
-    x_stride,
-    residual_stride,
-    eps,
-    num_channels,
-    ADD: tl.constexpr,
-    GEMMA: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    x_ptr, residual_ptr, weight_ptr, out_ptr, sum_ptr, x_stride, residual_stride, eps, num_channels,
+    ADD: tl.constexpr, GEMMA: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     token = tl.program_id(0).to(tl.int64)
     c_C = tl.arange(0, BLOCK_C)
@@ -54,20 +44,9 @@ def _launch(
         return out_TC, sum_TC
     block_c = triton.next_power_of_2(num_channels)
     _rms_norm_kernel[(num_tokens,)](
-        x_TC,
-        residual,
-        weight_C,
-        out_TC,
-        sum_TC,
-        x_TC.stride(0),
-        residual.stride(0),
-        eps,
-        num_channels,
-        ADD=residual_TC is not None,
-        GEMMA=gemma,
-        BLOCK_C=block_c,
-        num_warps=min(16, max(1, block_c // 512)),
-    )
+        x_TC, residual, weight_C, out_TC, sum_TC, x_TC.stride(0), residual.stride(0), eps, num_channels,
+        ADD=residual_TC is not None, GEMMA=gemma, BLOCK_C=block_c, num_warps=min(16, max(1, block_c // 512)),
+    )  # fmt: skip
     return out_TC, sum_TC
 
 

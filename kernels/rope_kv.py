@@ -33,20 +33,9 @@ def _normed(x_EJ, rstd_E, weight_ptr, d_J, mask_J, NORM: tl.constexpr, DTYPE: tl
 
 @triton.jit
 def _move_heads(
-    step,
-    weight_ptr,
-    target_ptr,
-    strides,
-    block,
-    HEADS: tl.constexpr,
-    SOURCE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    ROTARY: tl.constexpr,
-    NORM: tl.constexpr,
-    PAGE: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
-):
+    step, weight_ptr, target_ptr, strides, block, HEADS: tl.constexpr, SOURCE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    ROTARY: tl.constexpr, NORM: tl.constexpr, PAGE: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_REST: tl.constexpr,
+):  # fmt: skip
     """Take a block of (token, head) pairs of HEADS heads, from column SOURCE on, to their tokens (PAGE 0) or slots.
 
     Values pass through as they are where ROTARY is 0: the first half of a head is then `low`, the second `high`.
@@ -107,32 +96,11 @@ def _move_heads(
 # A number that varies from step to step would compile anew where it is 1 or a multiple of 16.
 @triton.jit(do_not_specialize=["num_tokens"])
 def _qk_norm_rope_write_kernel(
-    qkv_ptr,
-    cos_ptr,
-    sin_ptr,
-    positions_ptr,
-    slots_ptr,
-    q_weight_ptr,
-    k_weight_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    num_tokens,
-    qkv_stride,
-    table_stride,
-    k_strides,
-    v_strides,
-    eps,
-    NUM_HEADS: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    ROTARY: tl.constexpr,
-    NORM: tl.constexpr,
-    PAGE: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
-):
+    qkv_ptr, cos_ptr, sin_ptr, positions_ptr, slots_ptr, q_weight_ptr, k_weight_ptr, q_ptr, k_ptr, v_ptr,
+    num_tokens, qkv_stride, table_stride, k_strides, v_strides, eps, NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr, NORM: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_REST: tl.constexpr,
+):  # fmt: skip
     """First all programs of q, then those of k, then of v."""
     Q_WIDTH: tl.constexpr = NUM_HEADS * HEAD_DIM
     V_START: tl.constexpr = Q_WIDTH + NUM_KV_HEADS * HEAD_DIM
@@ -147,20 +115,9 @@ def _qk_norm_rope_write_kernel(
         )
     elif pid < num_q + num_k:
         _move_heads(
-            step,
-            k_weight_ptr,
-            k_ptr,
-            k_strides,
-            pid - num_q,
-            NUM_KV_HEADS,
-            Q_WIDTH,
-            HEAD_DIM,
-            ROTARY,
-            NORM,
-            PAGE,
-            BLOCK_J,
-            BLOCK_REST,
-        )
+            step, k_weight_ptr, k_ptr, k_strides, pid - num_q, NUM_KV_HEADS, Q_WIDTH, HEAD_DIM, ROTARY, NORM, PAGE,
+            BLOCK_J, BLOCK_REST,
+        )  # fmt: skip
     else:
         block = pid - num_q - num_k
         _move_heads(
@@ -169,22 +126,11 @@ def _qk_norm_rope_write_kernel(
 
 
 def qk_norm_rope_write(
-    qkv_TC: torch.Tensor,
-    cos_MR: torch.Tensor,
-    sin_MR: torch.Tensor,
-    positions_T: torch.Tensor,
-    slot_mapping_T: torch.Tensor,
-    k_NSKD: torch.Tensor,
-    v_NSKD: torch.Tensor,
-    *,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    q_weight: torch.Tensor | None = None,
-    k_weight: torch.Tensor | None = None,
-    eps: float = 1e-6,
+    qkv_TC: torch.Tensor, cos_MR: torch.Tensor, sin_MR: torch.Tensor, positions_T: torch.Tensor,
+    slot_mapping_T: torch.Tensor, k_NSKD: torch.Tensor, v_NSKD: torch.Tensor, *, num_heads: int, num_kv_heads: int,
+    head_dim: int, q_weight: torch.Tensor | None = None, k_weight: torch.Tensor | None = None, eps: float = 1e-6,
     gemma: bool = False,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """RMS-normalise heads of q and k, rotate them, write k and v into the cache, return q.
 
     Args:
@@ -214,54 +160,23 @@ def qk_norm_rope_write(
     rows = _ROWS.value
     num_programs = triton.cdiv(num_tokens * num_heads, rows) + 2 * triton.cdiv(num_tokens * num_kv_heads, rows)
     _qk_norm_rope_write_kernel[(num_programs,)](
-        qkv_TC,
-        cos_MR,
-        sin_MR,
-        positions_T,
-        slot_mapping_T,
-        qkv_TC if q_weight is None else q_weight,
-        qkv_TC if k_weight is None else k_weight,
-        q_THD,
-        k_NSKD,
-        v_NSKD,
-        num_tokens,
-        qkv_TC.stride(0),
-        rotary,
-        k_NSKD.stride()[:3],
-        v_NSKD.stride()[:3],
-        eps,
-        NUM_HEADS=num_heads,
-        NUM_KV_HEADS=num_kv_heads,
-        HEAD_DIM=head_dim,
-        ROTARY=rotary,
-        NORM="none" if q_weight is None else "gemma" if gemma else "llama",
-        PAGE=k_NSKD.shape[1],
-        BLOCK_J=triton.next_power_of_2(rotary // 2),
-        BLOCK_V=triton.next_power_of_2(head_dim // 2),
-        BLOCK_REST=triton.next_power_of_2(max(1, head_dim - rotary)),
+        qkv_TC, cos_MR, sin_MR, positions_T, slot_mapping_T, qkv_TC if q_weight is None else q_weight,
+        qkv_TC if k_weight is None else k_weight, q_THD, k_NSKD, v_NSKD, num_tokens, qkv_TC.stride(0), rotary,
+        k_NSKD.stride()[:3], v_NSKD.stride()[:3], eps, NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads,
+        HEAD_DIM=head_dim, ROTARY=rotary, NORM="none" if q_weight is None else "gemma" if gemma else "llama",
+        PAGE=k_NSKD.shape[1], BLOCK_J=triton.next_power_of_2(rotary // 2),
+        BLOCK_V=triton.next_power_of_2(head_dim // 2), BLOCK_REST=triton.next_power_of_2(max(1, head_dim - rotary)),
         num_warps=4 if head_dim <= 128 else 8,
-    )
+    )  # fmt: skip
     return q_THD
 
 
 # These vary from step to step, and a value that is 1 or a multiple of 16 would compile anew.
 @triton.jit(do_not_specialize=["num_tokens"])
 def _write_kv_kernel(
-    key_ptr,
-    value_ptr,
-    slots_ptr,
-    k_ptr,
-    v_ptr,
-    num_tokens,
-    key_strides,
-    value_strides,
-    k_strides,
-    v_strides,
-    NUM_KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PAGE: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    key_ptr, value_ptr, slots_ptr, k_ptr, v_ptr, num_tokens, key_strides, value_strides, k_strides, v_strides,
+    NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     e_E = tl.program_id(0) * _ROWS + tl.arange(0, _ROWS)
     token_E = (e_E // NUM_KV_HEADS).to(tl.int64)
     head_E = e_E % NUM_KV_HEADS
@@ -279,12 +194,9 @@ def _write_kv_kernel(
 
 
 def write_kv(
-    k_TKD: torch.Tensor,
-    v_TKD: torch.Tensor,
-    k_NSKD: torch.Tensor,
-    v_NSKD: torch.Tensor,
+    k_TKD: torch.Tensor, v_TKD: torch.Tensor, k_NSKD: torch.Tensor, v_NSKD: torch.Tensor,
     slot_mapping_T: torch.Tensor,
-) -> None:
+) -> None:  # fmt: skip
     """Store keys and values of T tokens in the cache at `slot_mapping_T` (int64; -1 writes nothing).
 
     All four tensors are of one dtype; their last dimension is contiguous, the others may be strided.
@@ -294,19 +206,7 @@ def write_kv(
     if num_tokens == 0:
         return
     _write_kv_kernel[(triton.cdiv(num_tokens * num_kv_heads, _ROWS.value),)](
-        k_TKD,
-        v_TKD,
-        slot_mapping_T,
-        k_NSKD,
-        v_NSKD,
-        num_tokens,
-        k_TKD.stride()[:2],
-        v_TKD.stride()[:2],
-        k_NSKD.stride()[:3],
-        v_NSKD.stride()[:3],
-        NUM_KV_HEADS=num_kv_heads,
-        HEAD_DIM=head_dim,
-        PAGE=k_NSKD.shape[1],
-        BLOCK_D=triton.next_power_of_2(head_dim),
-        num_warps=4,
-    )
+        k_TKD, v_TKD, slot_mapping_T, k_NSKD, v_NSKD, num_tokens, k_TKD.stride()[:2], v_TKD.stride()[:2],
+        k_NSKD.stride()[:3], v_NSKD.stride()[:3], NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim,
+        PAGE=k_NSKD.shape[1], BLOCK_D=triton.next_power_of_2(head_dim), num_warps=4,
+    )  # fmt: skip

@@ -133,21 +133,9 @@ def _put_aside(x_ptr, num, inverse, low, aside_ptr, id_ptr, ASIDE: tl.constexpr,
 
 @triton.jit
 def _sample_kernel(
-    logits_ptr,
-    temperature_ptr,
-    top_k_ptr,
-    top_p_ptr,
-    min_p_ptr,
-    seed_ptr,
-    position_ptr,
-    aside_ptr,
-    id_ptr,
-    token_ptr,
-    stride,
-    num_tokens,
-    ASIDE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seed_ptr, position_ptr, aside_ptr, id_ptr,
+    token_ptr, stride, num_tokens, ASIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     x_ptr = logits_ptr + row * stride
     aside_ptr += row * ASIDE
@@ -205,14 +193,9 @@ def _sample_kernel(
 
 
 def sample(
-    logits_RV: torch.Tensor,
-    temperature_R: torch.Tensor,
-    top_k_R: torch.Tensor,
-    top_p_R: torch.Tensor,
-    min_p_R: torch.Tensor,
-    seed_R: torch.Tensor,
-    position_R: torch.Tensor,
-) -> torch.Tensor:
+    logits_RV: torch.Tensor, temperature_R: torch.Tensor, top_k_R: torch.Tensor, top_p_R: torch.Tensor,
+    min_p_R: torch.Tensor, seed_R: torch.Tensor, position_R: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
     """Draw one token a row: temperature, top-k, top-p over the rest, min-p, then Gumbel-max.
 
     Ties at a threshold stay. The noise of a token is a function of (seed, position, token) alone.
@@ -237,22 +220,9 @@ def sample(
     aside = torch.empty(num_rows, _ASIDE, dtype=logits_RV.dtype, device=device)
     ids = torch.empty(num_rows, _ASIDE, dtype=torch.int32, device=device)
     _sample_kernel[(num_rows,)](
-        logits_RV,
-        temperature_R,
-        top_k_R,
-        top_p_R,
-        min_p_R,
-        seed_R,
-        position_R,
-        aside,
-        ids,
-        token_R,
-        logits_RV.stride(0),
-        num_tokens,
-        ASIDE=_ASIDE,
-        BLOCK=_BLOCK,
-        num_warps=16,
-    )
+        logits_RV, temperature_R, top_k_R, top_p_R, min_p_R, seed_R, position_R, aside, ids, token_R,
+        logits_RV.stride(0), num_tokens, ASIDE=_ASIDE, BLOCK=_BLOCK, num_warps=16,
+    )  # fmt: skip
     return token_R
 
 

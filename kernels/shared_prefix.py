@@ -26,34 +26,11 @@ _MIN_TILES = 4
     do_not_specialize_on_alignment=["table_ptr", "group_start_ptr", "group_len_ptr"],
 )
 def _prefix_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    out_ptr,
-    lse_ptr,
-    task_ptr,
-    table_ptr,
-    group_start_ptr,
-    group_len_ptr,
-    num_rows,
-    num_groups,
-    q_strides,
-    table_stride,
-    k_strides,
-    v_strides,
-    scale,
-    softcap,
-    NUM_KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PAGE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    MIN_TILES: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, task_ptr, table_ptr, group_start_ptr, group_len_ptr, num_rows,
+    num_groups, q_strides, table_stride, k_strides, v_strides, scale, softcap, NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, SOFTCAP: tl.constexpr, MIN_TILES: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """Tiles are numbered over (group, KV head, tile of pairs, KV tile); program i takes [i * share, (i + 1) * share).
 
     `out_ptr` and `lse_ptr` begin with two parts of BLOCK_M pairs for each program; whole results follow.
@@ -131,17 +108,10 @@ def _launch_shape(block_d: int, itemsize: int) -> tuple[int, int, int, int, int]
 
 
 def shared_prefix(
-    q_BHD: torch.Tensor,
-    k_NSKD: torch.Tensor,
-    v_NSKD: torch.Tensor,
-    block_table_BP: torch.Tensor,
-    group_start_G1: torch.Tensor,
-    group_len_G: torch.Tensor,
-    *,
-    scale: float,
-    softcap: float | None = None,
+    q_BHD: torch.Tensor, k_NSKD: torch.Tensor, v_NSKD: torch.Tensor, block_table_BP: torch.Tensor,
+    group_start_G1: torch.Tensor, group_len_G: torch.Tensor, *, scale: float, softcap: float | None = None,
     num_programs: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Attention of each group's rows over the first `group_len` cached tokens of the group's first row, all of them.
 
     Args:

@@ -156,7 +156,7 @@ def bench(
 
     Every row generates a fixed number of tokens. Exit codes: 0; 1 an engine did not end well; 2 refused.
     """
-    from rayinfer.pipelines import bench as timing
+    from rayinfer.bench import report as timing
 
     console = Console()
     _Stopper()

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 OnFinished = Callable[[int, RequestOutput], None]
 
+START_S = 1800.0  # of a process: a large model from slow storage
 FIRST_STEP_S = 600.0  # of a process, which may compile kernels
 MIN_STEP_S = 60.0  # no step is given less than this, or than ten times the longest before it
 POLL_S = 1.0
@@ -57,7 +58,7 @@ class EngineProcess:
     """Owns an engine's process; all methods may be called from any thread.
 
     Raises:
-        ConfigError: as Engine does. RuntimeError: the process died while it started.
+        ConfigError: as Engine does. RuntimeError: the process died each time that it started.
     """
 
     def __init__(self, config: EngineConfig):
@@ -126,7 +127,7 @@ class EngineProcess:
                     break
                 if not started:
                     num_failed += 1
-                    if not ready.done() or num_failed == MAX_FAILED_STARTS:
+                    if num_failed == MAX_FAILED_STARTS:
                         raise RuntimeError(f"the engine's process died while it started: {child.reason}")
                 self._died(child)
         except BaseException as error:
@@ -289,7 +290,11 @@ class _Child:
 
     def wait_until_ready(self, stop: Callable[[], bool]) -> bool:
         """False if it died before, or was to stop. Raises ConfigError as Engine does."""
+        deadline = time.monotonic() + START_S
         while not stop():
+            if time.monotonic() > deadline:
+                self._hung(f"it hung: it did not start in {START_S:.0f} s")
+                return False
             try:
                 if self._inbox.poll(POLL_S):
                     kind, payload = self._inbox.recv()
@@ -324,14 +329,17 @@ class _Child:
             if not busy():
                 since = time.monotonic()
             elif silent > (FIRST_STEP_S if self._longest is None else max(MIN_STEP_S, 10 * self._longest)):
-                self.reason = f"it hung: no step ended for {silent:.0f} s"
-                self._process.send_signal(signal.SIGABRT)  # it writes its stacks down
-                self._ended()
+                self._hung(f"it hung: no step ended for {silent:.0f} s")
                 return None
 
     def end(self) -> None:
         """End it, whatever it does."""
         self._outbox.close()
+        self._ended()
+
+    def _hung(self, reason: str) -> None:
+        self.reason = reason
+        self._process.send_signal(signal.SIGABRT)  # it writes its stacks down
         self._ended()
 
     def _ended(self) -> None:

@@ -1,4 +1,4 @@
-"""Check that built archives hold every module of the four code folders, under its import name, and nothing else.
+"""Check that built archives hold every module of the four code folders and of `rayinfer bench`, under its import name.
 
 python tools/check_dist.py dist/rayinfer-*.whl dist/rayinfer-*.tar.gz
 """
@@ -16,6 +16,7 @@ from size_report import CODE_FOLDERS, ROOT, python_files
 def expected_modules() -> set[str]:
     """Module paths as installed: rayinfer/ holds its own files, kernels/ and its like become rayinfer/kernels/."""
     paths = {str(path.relative_to(ROOT)) for name in CODE_FOLDERS for path in python_files(ROOT / name)}
+    paths |= {f"bench/{path.name}" for path in python_files(ROOT / "benchmarks" / "bench")}
     return {path if path.startswith("rayinfer/") else f"rayinfer/{path}" for path in paths}
 
 

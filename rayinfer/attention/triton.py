@@ -79,36 +79,16 @@ class TritonBackend:
             prefix = shared_prefix(*rows, *groups, scale=spec.scale, softcap=spec.softcap)
             shared = dict(shared_len_B=meta.shared_len_B, prefix=prefix)
         paged_decode(
-            *rows,
-            meta.seq_lens_R[:num],
-            scale=spec.scale,
-            sliding_window=spec.sliding_window,
-            softcap=spec.softcap,
-            out_BHD=out_THD[:num],
-            **shared,
-        )
+            *rows, meta.seq_lens_R[:num], scale=spec.scale, sliding_window=spec.sliding_window,
+            softcap=spec.softcap, out_BHD=out_THD[:num], **shared,
+        )  # fmt: skip
 
     def _prefill(
-        self,
-        q_THD: torch.Tensor,
-        cache: LayerCache,
-        spec: LayerSpec,
-        meta: StepMeta,
-        out_THD: torch.Tensor,
-        rows: slice,
-        max_query_len: int,
-    ) -> None:
+        self, q_THD: torch.Tensor, cache: LayerCache, spec: LayerSpec, meta: StepMeta, out_THD: torch.Tensor,
+        rows: slice, max_query_len: int,
+    ) -> None:  # fmt: skip
         paged_prefill(
-            q_THD,
-            cache.k_NSKD,
-            cache.v_NSKD,
-            meta.block_table_RP[rows],
-            meta.seq_lens_R[rows],
-            meta.query_start_R1[rows.start or 0 :],
-            max_query_len=max_query_len,
-            scale=spec.scale,
-            sliding_window=spec.sliding_window,
-            softcap=spec.softcap,
-            out_THD=out_THD,
-            fixed=self.fixed_order,
-        )
+            q_THD, cache.k_NSKD, cache.v_NSKD, meta.block_table_RP[rows], meta.seq_lens_R[rows],
+            meta.query_start_R1[rows.start or 0 :], max_query_len=max_query_len, scale=spec.scale,
+            sliding_window=spec.sliding_window, softcap=spec.softcap, out_THD=out_THD, fixed=self.fixed_order,
+        )  # fmt: skip

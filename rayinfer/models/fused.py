@@ -71,18 +71,10 @@ class FusedAttention(nn.Module):
             norms = {"q_weight": self.q_norm.weight, "k_weight": self.k_norm.weight}
             norms |= {"eps": self.q_norm.eps, "gemma": self.q_norm.gemma}
         q_THD = self.ops.qk_norm_rope_write(
-            self.qkv(x_TC),
-            cos_MR,
-            sin_MR,
-            paged.meta.positions_T,
-            paged.meta.slot_mapping_T,
-            paged.cache.k_NSKD,
-            paged.cache.v_NSKD,
-            num_heads=spec.num_heads,
-            num_kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
+            self.qkv(x_TC), cos_MR, sin_MR, paged.meta.positions_T, paged.meta.slot_mapping_T, paged.cache.k_NSKD,
+            paged.cache.v_NSKD, num_heads=spec.num_heads, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim,
             **norms,
-        )
+        )  # fmt: skip
         if outputs is not None:
             return self.out(paged.attend(q_THD[outputs.index_L], outputs.meta).flatten(1))
         return self.out(paged.attend(q_THD, paged.meta).flatten(1))
@@ -119,13 +111,9 @@ class FusedLayer(nn.Module):
             self.pre_mlp = Norm(layer.post_attention_layernorm, gemma)
 
     def forward(
-        self,
-        x_TC: torch.Tensor,
-        residual_TC: torch.Tensor | None,
-        cos_MR: torch.Tensor,
-        sin_MR: torch.Tensor,
+        self, x_TC: torch.Tensor, residual_TC: torch.Tensor | None, cos_MR: torch.Tensor, sin_MR: torch.Tensor,
         outputs: StepOutputs | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """Take and return (what the last block gave, the stream it is still to be added to).
 
         With `outputs`, keys and values of all tokens are written, and the rest is done for the tokens it names alone.

@@ -104,27 +104,19 @@ class _Recorder:
             raise UnsupportedModelError(f"{name} is one module used as several layers, which is not supported")
         head_dim = query.shape[-1]
         spec = LayerSpec(
-            layer=len(self.calls),
-            num_heads=query.shape[1],
-            num_kv_heads=key.shape[1],
-            head_dim=head_dim,
-            scale=float(head_dim**-0.5 if scaling is None else scaling),
-            sliding_window=window or None,
+            layer=len(self.calls), num_heads=query.shape[1], num_kv_heads=key.shape[1], head_dim=head_dim,
+            scale=float(head_dim**-0.5 if scaling is None else scaling), sliding_window=window or None,
             softcap=softcap or None,
-        )
+        )  # fmt: skip
         self.calls.append((module, spec))
         self.seen += [query, key]
         return query.new_zeros(query.shape).transpose(1, 2)
 
 
 def _paged_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None, **kwargs: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
     out = module.paged(query, key, value, attention_mask=attention_mask, module=module, **kwargs)  # type: ignore[operator]
     return out, None
 

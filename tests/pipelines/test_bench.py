@@ -9,11 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from rayinfer.bench import report as bench
+from rayinfer.bench.engines import part_of
+from rayinfer.bench.roofline import Ceilings, Shape, bounds
+from rayinfer.bench.workloads import Workload
 from rayinfer.errors import ConfigError
-from rayinfer.pipelines import bench
-from rayinfer.pipelines.bench_engines import part_of
-from rayinfer.pipelines.roofline import Ceilings, Shape, bounds
-from rayinfer.pipelines.workloads import Workload
 
 LLAMA = Shape(32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336), 32, 4096, 14336, 32, 8, 128, 128256)
 H100 = Ceilings(798e12, 3.0e12, "measured on one")
