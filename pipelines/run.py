@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import platform
+import signal
 import threading
 import time
 from collections.abc import Generator, Iterator, Mapping
@@ -331,6 +332,7 @@ def _ray(address: str | None, verbose: bool) -> Iterator[None]:
     """Ray for one job: quiet unless `verbose`, and gone afterwards if it was started here."""
     started = not ray.is_initialized()
     if started:
+        handler = signal.getsignal(signal.SIGTERM)
         with nullcontext() if verbose else _hushed_core():
             ray.init(
                 address=address or "local",
@@ -338,6 +340,8 @@ def _ray(address: str | None, verbose: bool) -> Iterator[None]:
                 log_to_driver=verbose,
                 logging_level=logging.INFO if verbose else logging.CRITICAL,
             )
+        if handler is not None and threading.current_thread() is threading.main_thread():  # ray.init put its own there
+            signal.signal(signal.SIGTERM, handler)
     context, logger = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
     before = context.enable_progress_bars, context.print_on_execution_start, logger.level
     try:

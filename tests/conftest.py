@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with real jobs first: pytest-xdist deals files out in this order, and would wait for a long one at the end."""
+    """Files with real jobs first: pytest-xdist deals files out in this order, best the long ones first."""
     jobs = ("tests/pipelines/", "tests/processors/", "notebooks/", "tests/engine/test_engine_process")
     items.sort(key=lambda item: not item.nodeid.startswith(jobs))
 

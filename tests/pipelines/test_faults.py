@@ -104,6 +104,20 @@ def test_a_row_at_which_a_postprocess_that_returns_its_rows_raises():
     assert "ZeroDivisionError" in table["error_message"][0].as_py()
 
 
+def test_rays_start_leaves_sigterm_to_us(local_ray):
+    """Found by the kind 'Ctrl-C or SIGTERM', seed 1: Ray's own handler ended the driver, exit code 15, no way told."""
+    code = """if True:
+        import os, signal, sys
+        from rayinfer.pipelines.run import _ray
+        signal.signal(signal.SIGTERM, lambda number, frame: print("ours"))
+        with _ray(sys.argv[1], False):
+            os.kill(os.getpid(), signal.SIGTERM)
+    """
+    address = local_ray.get_runtime_context().gcs_address
+    done = subprocess.run([sys.executable, "-c", code, address], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert (done.returncode, "ours" in done.stdout) == (0, True), done.stderr
+
+
 def test_the_oracle_sees_what_is_wrong(tmp_path):
     def write(name: str, rows: list[tuple[str, str, str | None]]) -> None:
         keys, texts, errors = map(list, zip(*rows, strict=True))
