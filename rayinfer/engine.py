@@ -11,7 +11,8 @@ import hashlib
 import logging
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from dataclasses import replace
 
 import torch
 
@@ -77,6 +78,7 @@ class Engine:
         self.stats = EngineStats()
         self.on_admit: Callable[[list[str]], object] | None = None  # told the ids of rows before they run
         self._requests: dict[str, Request] = {}
+        self._leaders: dict[Hashable, Request] = {}  # of greedy rows; see Request.twins
         self._in_flight: deque[tuple[Step, StepHandle]] = deque()
         self._num_added = 0
 
@@ -139,6 +141,13 @@ class Engine:
             prompt_logprobs=[None],  # nothing comes before the first token
         )
         self._requests[request_id] = request
+        if params.greedy:
+            request.twin_key = tuple(row.prompt_token_ids), params
+            leader = self._leaders.setdefault(request.twin_key, request)
+            if leader is not request:
+                request.leader = leader
+                leader.twins.append(request)
+                return
         self.scheduler.add(request)
 
     def abort(self, request_id: str) -> RequestOutput | None:
@@ -146,7 +155,15 @@ class Engine:
         request = self._requests.get(request_id)
         if request is None:
             return None
-        return self._end(request, RowError(ErrorType.ABORTED, "aborted by the caller"))
+        if request.leader is not None:
+            request.leader.twins.remove(request)
+        elif request.twins:  # the next one takes its place
+            self._leaders[request.twin_key] = heir = request.twins.pop(0)
+            heir.leader, heir.twins, request.twins = None, request.twins, []
+            for twin in heir.twins:
+                twin.leader = heir
+            self.scheduler.add(heir)
+        return self._end(request, RowError(ErrorType.ABORTED, "aborted by the caller"))[0]
 
     def snapshot(self) -> EngineStats:
         """The engine's counts now."""
@@ -190,7 +207,7 @@ class Engine:
             for token in tokens.tolist():
                 if token < 0:
                     error = RowError(ErrorType.NAN_LOGITS, "the model's logits for this row are NaN or infinite")
-                    finished.append(self._end(request, error))
+                    finished += self._end(request, error)
                     break
                 request.output_token_ids.append(token)
                 if request.params.logprobs is not None and result.logprobs is not None:
@@ -198,7 +215,7 @@ class Engine:
                         self._logprob_entry(result.logprobs, number, token, request.params.logprobs)
                     )
                 if self._ends(request, token):
-                    finished.append(self._end(request))
+                    finished += self._end(request)
                     break
         return finished
 
@@ -219,18 +236,37 @@ class Engine:
             request.finish_reason = "length"
         return request.finished
 
-    def _end(self, request: Request, error: RowError | None = None) -> RequestOutput:
-        """Free what a row holds and make its output."""
+    def _end(self, request: Request, error: RowError | None = None) -> list[RequestOutput]:
+        """Free what a row holds and make its output, and that of its twins."""
         if error is not None:
             request.fail(error)
-        self.scheduler.finish(request, forget=request.error_type == ErrorType.NAN_LOGITS)
-        del self._requests[request.request_id]
-        stats, params = self.stats, request.params
-        stats.num_finished += 1
-        stats.num_failed += request.error_type is not None
-        stats.num_prompt_tokens += request.num_prompt_tokens
-        stats.num_cached_tokens += max(request.num_cached_tokens, 0)
-        stats.num_generated_tokens += len(request.output_token_ids)
+        if request.leader is None:
+            self.scheduler.finish(request, forget=request.error_type == ErrorType.NAN_LOGITS)
+        if self._leaders.get(request.twin_key) is request:
+            del self._leaders[request.twin_key]
+        output = self._output(request)
+        outputs = [output]
+        for twin in request.twins:
+            same = replace(output.outputs[0], token_ids=list(output.outputs[0].token_ids))
+            ids = twin.prompt_token_ids
+            outputs.append(
+                replace(
+                    output, request_id=twin.request_id, prompt=twin.prompt, prompt_token_ids=ids, outputs=[same],
+                    num_cached_tokens=len(ids),
+                )
+            )  # fmt: skip
+        for row, output in zip((request, *request.twins), outputs, strict=True):
+            del self._requests[row.request_id]
+            stats = self.stats
+            stats.num_finished += 1
+            stats.num_failed += output.error_type is not None
+            stats.num_prompt_tokens += row.num_prompt_tokens
+            stats.num_cached_tokens += output.num_cached_tokens
+            stats.num_generated_tokens += len(request.output_token_ids)
+        return outputs
+
+    def _output(self, request: Request) -> RequestOutput:
+        params = request.params
         text = ""
         if self.tokenizer is not None and params.detokenize and request.error_type is None:
             text = final_text(self.tokenizer, request)

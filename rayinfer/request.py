@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 from rayinfer.errors import RowError
@@ -115,6 +115,9 @@ class Request:
     stop_reason: int | str | None = None
     error_type: str | None = None
     error_message: str | None = None
+    twin_key: Hashable = None  # equal in greedy rows that ask for the very same: one of them runs
+    leader: Request | None = None  # that one; None for itself
+    twins: list[Request] = field(default_factory=list)  # and those that take its answer
 
     @property
     def num_prompt_tokens(self) -> int:

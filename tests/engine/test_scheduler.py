@@ -278,7 +278,7 @@ def test_decoding_rows_come_before_prompts(engine):
     engine.runner = Device(4, 8, 60, 4, 0)
     short = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     for index in range(3):
-        engine.add(f"short {index}", EncodedRow([3, 4], short))
+        engine.add(f"short {index}", EncodedRow([3, 4 + index], short))
     engine.step()
     engine.add("long", EncodedRow([5] * 40, short.model_copy(update={"max_tokens": 1})))
     plans = []

@@ -1,0 +1,67 @@
+"""Greedy rows that ask for the very same: one of them runs, all get its answer."""
+
+from __future__ import annotations
+
+import pytest
+
+from rayinfer import SamplingParams
+from rayinfer.request import EncodedRow
+from tests.engine.tiny import as_rows, ids_of, random_prompts
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12)
+PROMPTS = random_prompts(4)
+
+
+def test_they_run_once(make_llm, reference_of):
+    want = [reference_of("llama").generate(prompt, 12) for prompt in PROMPTS]
+    llm = make_llm("llama")
+    alone = llm.generate(as_rows(PROMPTS), GREEDY, use_tqdm=False)
+    num_steps = llm.engine.stats.num_steps
+    outputs = make_llm("llama", max_num_seqs=4).generate(as_rows(PROMPTS * 50), GREEDY, use_tqdm=False)
+    assert ids_of(outputs) == want * 50
+    assert [output.prompt_token_ids for output in outputs] == PROMPTS * 50
+    assert [output.outputs[0].finish_reason for output in outputs] == [o.outputs[0].finish_reason for o in alone] * 50
+    assert sum(output.num_cached_tokens == len(output.prompt_token_ids) for output in outputs) == 196
+    assert llm.engine.stats.num_finished == 4
+    many = make_llm("llama", max_num_seqs=4)
+    many.generate(as_rows(PROMPTS * 50), GREEDY, use_tqdm=False)
+    assert many.engine.stats.num_steps == num_steps
+    assert many.engine.stats.num_finished == 200
+    outputs[0].outputs[0].token_ids.append(-1)
+    assert ids_of(outputs)[4] == want[0]  # no list is shared
+
+
+def test_only_the_very_same(make_llm):
+    """Other parameters, other prompts, or a draw: rows of their own."""
+    llm = make_llm("llama")
+    drawn = GREEDY.model_copy(update={"temperature": 1.0})
+    params = [
+        GREEDY,
+        GREEDY.model_copy(update={"max_tokens": 3}),
+        GREEDY.model_copy(update={"logprobs": 2}),
+        drawn,
+        drawn,
+    ]
+    outputs = llm.generate(as_rows([PROMPTS[0]] * 5), params, use_tqdm=False)
+    first, short, logprobs, *draws = ids_of(outputs)
+    assert short == first[:3]
+    assert logprobs == first
+    assert [output.outputs[0].logprobs is None for output in outputs[:3]] == [True, True, False]
+    assert draws[0] != draws[1]  # each from a stream of its own
+
+
+@pytest.mark.parametrize("aborted", [0, 1, 2])
+@pytest.mark.parametrize("num_steps", [0, 3])
+def test_abort(make_llm, reference_of, aborted, num_steps):
+    """Whichever is taken out, queued or running, the others get their answer."""
+    want = reference_of("llama").generate(PROMPTS[0], 12)
+    engine = make_llm("llama").engine
+    for index in range(3):
+        engine.add(str(index), EncodedRow(list(PROMPTS[0]), GREEDY))
+    outputs = [output for _ in range(num_steps) for output in engine.step()]
+    assert engine.abort(str(aborted)).error_type == "ABORTED"
+    while engine.has_work:
+        outputs += engine.step()
+    assert sorted(output.request_id for output in outputs) == sorted({"0", "1", "2"} - {str(aborted)})
+    assert ids_of(outputs) == [want, want]
+    assert not engine._leaders
