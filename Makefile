@@ -9,13 +9,17 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PYTEST_ARGS ?= -n 2 --dist loadfile
-MARKERS ?= not gpu
+PYTEST_ARGS ?=
+MARKERS ?= not gpu and not long
+# These start Ray jobs, or many processes: each has the machine for itself, because two at once take four times as long.
+JOBS := tests/processors/test_ray.py tests/processors/test_scale.py tests/engine/test_engine_process.py notebooks \
+	$(addprefix tests/pipelines/, test_run.py test_resume.py test_cli.py test_bench.py test_faults.py)
+PYTEST = $(TEST_ENV) $(BIN)/python -m pytest -m "$(MARKERS)" $(PYTEST_ARGS)
 # One torch thread for each test process: two of them share the machine with Ray's workers, which would starve beside
 # them at the niceness of 15 that Ray gives its workers.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 RAY_worker_niceness=0
 
-.PHONY: install fetch demo test notebooks lint format types sizes check clean
+.PHONY: install fetch demo test test-parts test-jobs lint format types sizes check clean
 
 install: $(STAMP)
 
@@ -31,8 +35,13 @@ fetch: $(STAMP)
 demo: fetch
 	$(BIN)/rayinfer run examples/demo.yaml --overwrite
 
-test: fetch
-	$(TEST_ENV) $(BIN)/python -m pytest -m "$(MARKERS)" $(PYTEST_ARGS) --nbmake tests notebooks
+test: test-parts test-jobs
+
+test-parts: fetch
+	$(PYTEST) -n 2 --dist loadfile tests $(addprefix --ignore=, $(JOBS))
+
+test-jobs: fetch
+	$(PYTEST) --nbmake $(JOBS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -13,12 +13,6 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with real jobs first: pytest-xdist deals files out in this order, best the long ones first."""
-    jobs = ("tests/pipelines/", "tests/processors/", "notebooks/", "tests/engine/test_engine_process")
-    items.sort(key=lambda item: not item.nodeid.startswith(jobs))
-
-
 @pytest.fixture(scope="session")
 def local_ray():
     """A Ray of this test run's own, never one that happens to run on the machine; a process can have one alone."""

@@ -33,7 +33,7 @@ NO_ENGINE = ["rerun after success", "changed prompt", "changed model", "changed 
 JOBS = ["driver killed at a seam of the commit:0", "two drivers:0"]  # one seed of each
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1600)
 def test_jobs_under_faults(tmp_path, local_ray):
     records = tmp_path / "runs.jsonl"

@@ -102,7 +102,7 @@ def sink_of(format: str, folder: Path) -> dict:
     return sink
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_jobs_give_every_row_once_with_its_text(tmp_path, local_ray, job, model_path, table):
     table = table.append_column("nested", pa.array([[{"a": float(i)}] * i for i in range(12)]))
     texts = [None if i == 4 else f"row {i}" for i in range(12)]

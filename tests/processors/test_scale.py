@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 import pytest
 import ray
@@ -52,6 +53,7 @@ def test_an_actor_that_leaves_is_started_again_with_its_calls(local_ray, tmp_pat
             if not os.path.exists(path):
                 open(path, "w").close()
                 restart_actor()
+                time.sleep(400)  # Ray ends the process a moment later
                 raise RuntimeError("it did not leave")
             return os.getpid(), ending_nodes()
 
