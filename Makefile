@@ -16,8 +16,9 @@ JOBS := tests/processors/test_ray.py tests/processors/test_scale.py tests/engine
 	$(addprefix tests/pipelines/, test_run.py test_resume.py test_cli.py test_bench.py test_faults.py)
 PYTEST = $(TEST_ENV) $(BIN)/python -m pytest -m "$(MARKERS)" $(PYTEST_ARGS)
 # One torch thread for each test process: two of them share the machine with Ray's workers, which would starve beside
-# them at the niceness of 15 that Ray gives its workers.
-TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 RAY_worker_niceness=0
+# them at the niceness of 15 that Ray gives its workers. Byte code is kept, whatever the machine's rule: without it each
+# of the many processes compiles torch, transformers and Ray anew, for 10 s.
+TEST_ENV := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 RAY_worker_niceness=0
 
 .PHONY: install fetch demo test test-parts test-jobs lint format types sizes check clean
 
