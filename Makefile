@@ -1,5 +1,5 @@
 # make demo   run a real model over 200 real rows on this machine's CPU
-# make test   the whole CPU suite
+# make test   the CPU suite, without the tests marked long
 # make check  what CI runs before the suite: lint, types, sizes
 # make clean  remove everything that the targets above made
 #
