@@ -1,23 +1,28 @@
 """Figure 3: rows/s on a CPU through Ray Data, through LLM.generate, and through transformers' own ways, one run.
 
     python benchmarks/cpu_throughput.py --rows 64
+    python benchmarks/cpu_throughput.py --rows 200 --max-tokens 32 --pairs 3 [--threads 1]
 
-The same rows, prompts, greedy sampling, token limit and EOS everywhere; fp32; every way in a process of its own, with
-all cores. Times are from the first row to the last: loading the model is left out. For Ray Data, the time of a run
-over one row and one token (start of the workers and of the engine, in a Ray that is warm) is taken off, and shown.
+With --pairs, only LLM.chat and Ray Data are run, in turns. The same rows, prompts, greedy sampling, token limit and EOS
+everywhere; fp32; every way in a process of its own, with all cores unless --threads says otherwise. Times are from the
+first row to the last: loading the model is left out. For Ray Data, the time of a run over one row and one token (start
+of the workers and of the engine, in a Ray that is warm) is taken off, and shown.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 from common import (
     ROOT,
     describe_machine,
@@ -33,17 +38,20 @@ from common import (
 MODEL = "smollm2"
 BATCH_SIZES = (4, 8, 16, 32, 64)
 MOST_SECONDS = 400
+LOAD = os.getloadavg()
 Timing = dict[str, float]  # seconds, num_tokens, and what else a way has to tell
 
 
-def run_ray(num_rows: int, max_tokens: int, _: int) -> Timing:
+def run_ray(asked: argparse.Namespace) -> Timing:
     import ray
 
     from rayinfer.processors import EngineProcessorConfig, build_processor
 
     ray.init(address="local", include_dashboard=False, log_to_driver=False, num_cpus=max(os.cpu_count() or 1, 2))
     config = EngineProcessorConfig(
-        model_source=str(gguf_path(MODEL)), engine_kwargs=dict(max_model_len=1024, dtype="float32"), concurrency=1
+        model_source=str(gguf_path(MODEL)),
+        engine_kwargs=dict(max_model_len=1024, dtype="float32", num_threads=asked.threads),
+        concurrency=1,
     )
 
     def run(num: int, limit: int) -> Timing:
@@ -64,26 +72,42 @@ def run_ray(num_rows: int, max_tokens: int, _: int) -> Timing:
 
     run(1, 1)
     start_up = run(1, 1)["seconds"]
-    timing = run(num_rows, max_tokens)
-    return timing | dict(seconds=timing["seconds"] - start_up, start_up=start_up)
+    before = cpu_seconds()
+    timing = run(asked.rows, asked.max_tokens)
+    after = cpu_seconds()
+    cores = sum(after[pid] - before[pid] for pid in before.keys() & after.keys()) / timing["seconds"]
+    return timing | dict(seconds=timing["seconds"] - start_up, start_up=start_up, cores=cores)
 
 
-def run_llm(num_rows: int, max_tokens: int, _: int) -> Timing:
+def cpu_seconds() -> dict[int, float]:
+    """CPU time so far of this process and of Ray's, by process."""
+    spent = {}
+    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+        with contextlib.suppress(psutil.Error):
+            spent[process.pid] = sum(process.cpu_times()[:2])
+    return spent
+
+
+def run_llm(asked: argparse.Namespace) -> Timing:
     import rayinfer
 
-    llm = rayinfer.LLM(str(gguf_path(MODEL)), max_model_len=1024, dtype="float32", device="cpu")
+    llm = rayinfer.LLM(
+        str(gguf_path(MODEL)), max_model_len=1024, dtype="float32", device="cpu", num_threads=asked.threads
+    )
     llm.chat(
         [[{"role": "user", "content": "Hello"}]], rayinfer.SamplingParams(temperature=0, max_tokens=4), use_tqdm=False
     )
     llm.reset_prefix_cache()
-    conversations = [messages(row) for row in load_rows(num_rows)]
+    conversations = [messages(row) for row in load_rows(asked.rows)]
     start = time.perf_counter()
-    outputs = llm.chat(conversations, rayinfer.SamplingParams(temperature=0, max_tokens=max_tokens), use_tqdm=False)
+    outputs = llm.chat(
+        conversations, rayinfer.SamplingParams(temperature=0, max_tokens=asked.max_tokens), use_tqdm=False
+    )
     seconds = time.perf_counter() - start
     return dict(seconds=seconds, num_tokens=sum(len(output.outputs[0].token_ids) for output in outputs))
 
 
-def run_generate(num_rows: int, max_tokens: int, batch_size: int) -> Timing:
+def run_generate(asked: argparse.Namespace) -> Timing:
     """transformers' generate in padded batches, rows sorted by length so that little is padding."""
     import torch
 
@@ -91,22 +115,22 @@ def run_generate(num_rows: int, max_tokens: int, batch_size: int) -> Timing:
     torch.set_num_threads(os.cpu_count() or 1)
     tokenizer.padding_side = "left"
     eos = model.generation_config.eos_token_id
-    warm = tokenizer(["Hello"] * batch_size, return_tensors="pt")
+    warm = tokenizer(["Hello"] * asked.batch_size, return_tensors="pt")
     model.generate(**warm, max_new_tokens=4, do_sample=False)
-    rows = load_rows(num_rows)
+    rows = load_rows(asked.rows)
     num_tokens = 0
     start = time.perf_counter()
     prompts = sorted(prompt_ids(MODEL, tokenizer, rows), key=len)
-    for first in range(0, num_rows, batch_size):
-        batch = tokenizer.pad({"input_ids": prompts[first : first + batch_size]}, return_tensors="pt")
-        answers = model.generate(**batch, max_new_tokens=max_tokens, do_sample=False, pad_token_id=eos)
+    for first in range(0, asked.rows, asked.batch_size):
+        batch = tokenizer.pad({"input_ids": prompts[first : first + asked.batch_size]}, return_tensors="pt")
+        answers = model.generate(**batch, max_new_tokens=asked.max_tokens, do_sample=False, pad_token_id=eos)
         for answer in answers[:, batch["input_ids"].shape[1] :].tolist():
             tokenizer.decode(answer, skip_special_tokens=True)
             num_tokens += answer.index(eos) + 1 if eos in answer else len(answer)
     return dict(seconds=time.perf_counter() - start, num_tokens=num_tokens)
 
 
-def run_generate_batch(num_rows: int, max_tokens: int, _: int) -> Timing:
+def run_generate_batch(asked: argparse.Namespace) -> Timing:
     """transformers' continuous batching."""
     import torch
     from transformers import ContinuousBatchingConfig, GenerationConfig
@@ -114,12 +138,12 @@ def run_generate_batch(num_rows: int, max_tokens: int, _: int) -> Timing:
     model, tokenizer = load_reference(MODEL)
     torch.set_num_threads(os.cpu_count() or 1)
     eos = model.generation_config.eos_token_id
-    config = GenerationConfig(max_new_tokens=max_tokens, do_sample=False, eos_token_id=eos, pad_token_id=eos)
+    config = GenerationConfig(max_new_tokens=asked.max_tokens, do_sample=False, eos_token_id=eos, pad_token_id=eos)
     # Its default cache takes 60 % of the machine's memory; a tenth holds these rows many times over.
     cache = ContinuousBatchingConfig(max_memory_percent=0.1)
     warm = [tokenizer("Hello")["input_ids"]] * 4
     model.generate_batch(inputs=warm, generation_config=config, continuous_batching_config=cache)
-    rows = load_rows(num_rows)
+    rows = load_rows(asked.rows)
     start = time.perf_counter()
     prompts = prompt_ids(MODEL, tokenizer, rows)
     outputs = model.generate_batch(inputs=prompts, generation_config=config, continuous_batching_config=cache)
@@ -128,12 +152,12 @@ def run_generate_batch(num_rows: int, max_tokens: int, _: int) -> Timing:
         tokenizer.decode(output.generated_tokens, skip_special_tokens=True)
         num_tokens += len(output.generated_tokens)
     seconds = time.perf_counter() - start
-    if len(outputs) != num_rows:
-        raise RuntimeError(f"{num_rows} rows in, {len(outputs)} rows out")
+    if len(outputs) != asked.rows:
+        raise RuntimeError(f"{asked.rows} rows in, {len(outputs)} rows out")
     return dict(seconds=seconds, num_tokens=num_tokens)
 
 
-WAYS: dict[str, Callable[[int, int, int], Timing]] = {
+WAYS: dict[str, Callable[[argparse.Namespace], Timing]] = {
     "rayinfer, Ray Data": run_ray,
     "rayinfer, LLM.chat": run_llm,
     "transformers, generate": run_generate,
@@ -141,10 +165,11 @@ WAYS: dict[str, Callable[[int, int, int], Timing]] = {
 }
 
 
-def measure(way: str, num_rows: int, max_tokens: int, batch_size: int) -> Timing:
+def measure(way: str, options: argparse.Namespace, num_rows: int, batch_size: int = 0) -> Timing:
     """Run one way in a fresh process."""
-    command = [sys.executable, __file__, "--way", way, "--rows", str(num_rows), "--max-tokens", str(max_tokens)]
-    command += ["--batch-size", str(batch_size)]
+    command = [sys.executable, __file__, "--way", way, "--rows", str(num_rows), "--batch-size", str(batch_size)]
+    command += ["--max-tokens", str(options.max_tokens)]
+    command += ["--threads", str(options.threads)] if options.threads else []
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     try:
         result = subprocess.run(
@@ -160,6 +185,33 @@ def measure(way: str, num_rows: int, max_tokens: int, batch_size: int) -> Timing
     return timing
 
 
+def run_pairs(options: argparse.Namespace) -> None:
+    lines, ratios = [], []
+    for _ in range(options.pairs):
+        alone, ray_data = (measure(way, options, options.rows) for way in ("rayinfer, LLM.chat", "rayinfer, Ray Data"))
+        if alone["num_tokens"] != ray_data["num_tokens"]:
+            sys.exit(f"other tokens: {alone} {ray_data}")
+        ratios.append(alone["seconds"] / ray_data["seconds"])
+        times = [f"{timing['seconds']:.1f}" for timing in (alone, ray_data)]
+        lines.append([*times, f"{ratios[-1]:.3f}", f"{ray_data['start_up']:.1f}", f"{ray_data['cores']:.2f}"])
+    header = [
+        "LLM.chat, s",
+        "Ray Data, s",
+        "ratio (target: 0.95)",
+        "start, left out, s",
+        "cores taken by Ray and driver",
+    ]
+    limits = f"{options.rows} rows, at most {options.max_tokens} tokens each"
+    text = "\n\n".join([
+        "# Ray Data next to LLM.chat on a CPU, in turns",
+        f"`python benchmarks/cpu_throughput.py {' '.join(sys.argv[1:])}`",
+        f"{describe_machine()}, load average before: {LOAD[0]:.1f}",
+        f"{gguf_path(MODEL).name}, fp32, greedy, {limits}, {options.threads or os.cpu_count()} engine threads.",
+        table(header, lines), f"Median: {statistics.median(ratios):.3f}.",
+    ])  # fmt: skip
+    print(write_result(f"cpu_pairs_{options.threads or os.cpu_count()}.md", text).read_text(encoding="utf-8"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=128)
@@ -170,9 +222,14 @@ def main() -> None:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=list(BATCH_SIZES))
     parser.add_argument("--way", choices=list(WAYS), help="run this alone, in this process")
     parser.add_argument("--batch-size", type=int, default=0)
+    parser.add_argument("--pairs", type=int, default=0, help="LLM.chat and Ray Data alone, so many times in turns")
+    parser.add_argument("--threads", type=int, help="of rayinfer's engine; default: all cores")
     options = parser.parse_args()
     if options.way:
-        print(json.dumps(WAYS[options.way](options.rows, options.max_tokens, options.batch_size)))
+        print(json.dumps(WAYS[options.way](options)))
+        return
+    if options.pairs:
+        run_pairs(options)
         return
     plan = [("rayinfer, LLM.chat", 0, options.rows), ("rayinfer, Ray Data", 0, options.rows)]
     plan += [("transformers, generate", 1, options.rows_at_batch_1)]
@@ -181,7 +238,7 @@ def main() -> None:
     speeds: dict[tuple[str, int], float] = {}
     lines: list[list[Any]] = []
     for way, size, num_rows in plan:
-        timing = measure(way, num_rows, options.max_tokens, size)
+        timing = measure(way, options, num_rows, size)
         speeds[way, size] = num_rows / timing["seconds"]
         start_up = f"{timing['start_up']:.1f} s" if "start_up" in timing else ""
         lines.append([way, size or "own", num_rows, f"{speeds[way, size]:.2f}",
