@@ -217,7 +217,7 @@ class Fuzzer:
     def _answers(self, block: pa.Table) -> list[Any]:
         results: list[Any] = []
         columns = block.to_pydict().values()
-        for index, (ids, params, kind, message) in enumerate(zip(*columns, strict=True)):
+        for index, (ids, params, kind, _, message) in enumerate(zip(*columns, strict=True)):
             try:
                 if kind is not None:
                     raise RowError(ErrorType(kind), message)

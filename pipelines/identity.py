@@ -18,7 +18,8 @@ from rayinfer.pipelines.sources import Census, Listing
 from rayinfer.pipelines.store import META, Store, claim, open_store
 
 JOB = f"{META}/job.json"
-FORMAT = 1  # of log and parts; a version that writes rows in another way has another number
+FORMAT = 2  # of log and parts; a version that writes rows in another way has another number. 1: no error_stage
+FORMATS = (1, 2)  # that this version goes on with
 MAX_SHOWN = 8
 _SHOWN_CHARS = 60
 

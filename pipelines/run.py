@@ -24,9 +24,9 @@ from rich.text import Text
 
 import rayinfer
 from rayinfer.chat import ControlTokens
-from rayinfer.errors import ConfigError, ErrorType, RowError, bare_uri
+from rayinfer.errors import ConfigError, ErrorType, RowError, Stage, bare_uri
 from rayinfer.pipelines.collect import MAX_FRUITLESS_ROUNDS, Block, RayWrites, Written, collect_all
-from rayinfer.pipelines.identity import JOB, check_same, claim_job, fingerprint, read_job
+from rayinfer.pipelines.identity import FORMATS, JOB, check_same, claim_job, fingerprint, read_job
 from rayinfer.pipelines.job import JobSpec
 from rayinfer.pipelines.log import PART_PREFIX, CommitLog, Lease, OutputTakenError, part_ids
 from rayinfer.pipelines.progress import Progress
@@ -69,12 +69,14 @@ def prepare(spec: JobSpec, *, overwrite: bool = False) -> Plan:
     if job is None:
         census = take_census(spec.source, listing)
     else:
+        if (old := job["fingerprint"].get("format")) in FORMATS:
+            same["format"] = old
         check_same(job, same, spec.sink.uri)
         census = Census.unpack(spec.source, job["census"])
         log = CommitLog(store, job["id"], census.num_rows)
         marker = read_marker(store, log)
     spec.template().check_columns(census.schema.names)
-    table, schema = open_table(spec.sink, store), output_schema(census, spec)
+    table, schema = open_table(spec.sink, store), output_schema(census, spec, same["format"])
     if table is not None:
         schema = table.fit(schema)
     plan = Plan(spec, store, same, census, schema, log, marker, table)
@@ -111,7 +113,7 @@ class RenderPrompt:
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
         if row[SOURCE_ERROR] is not None:
-            raise RowError(ErrorType.INVALID_PROMPT, row[SOURCE_ERROR])
+            raise RowError(ErrorType.INVALID_PROMPT, row[SOURCE_ERROR], Stage.READ)
         return self.template.render(row[SOURCE], self.control_tokens)
 
 

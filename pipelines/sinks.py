@@ -21,13 +21,13 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from rayinfer.errors import ConfigError, bare_uri, nearest
-from rayinfer.pipelines.identity import JOB, read_job
+from rayinfer.pipelines.identity import FORMAT, JOB, read_job
 from rayinfer.pipelines.job import JobSpec, SinkSpec, SourceSpec
 from rayinfer.pipelines.keys import KeyDigest, pack_rows
 from rayinfer.pipelines.log import PART_PREFIX, Part
 from rayinfer.pipelines.sources import KEY, NUMBER, SOURCE, Census, Listing
 from rayinfer.pipelines.store import META, Store, claim, open_store
-from rayinfer.processors.columns import OUTPUT, WHEN_ASKED
+from rayinfer.processors.columns import ERROR_COLUMNS, OUTPUT, WHEN_ASKED
 from rayinfer.processors.ray_compat import take_rows, to_arrow
 
 MARKER = "_rayinfer.json"
@@ -37,7 +37,8 @@ SAMPLE_CHARS = 400
 # What the engine adds to every row, good or bad; log-probabilities only if the job asks for them.
 RESULTS = (
     *("generated_text", "finish_reason", "num_input_tokens", "num_generated_tokens", "num_cached_tokens"),
-    *("error_type", "error_message", "attempts"),
+    *ERROR_COLUMNS,
+    "attempts",
 )
 
 
@@ -89,8 +90,8 @@ def _raised(table: pa.Table, name: str, amount: int) -> tuple[int, pa.Field, Any
     return index, table.schema.field(index), pc.add(table[name], amount).cast(table.schema.field(index).type)
 
 
-def output_schema(census: Census, spec: JobSpec) -> pa.Schema:
-    """Columns of the output table: the key, the kept source columns, the result.
+def output_schema(census: Census, spec: JobSpec, format: int = FORMAT) -> pa.Schema:
+    """Columns of the output table: the key, the kept source columns, the result; as of a job of so old a format.
 
     Raises:
         ConfigError: an unknown column, one whose name the result needs, one that the format cannot hold.
@@ -105,7 +106,8 @@ def output_schema(census: Census, spec: JobSpec) -> pa.Schema:
         names.insert(0, id_column)  # without its key no row can be accounted for
     added = [pa.field(KEY, pa.string())] if id_column is None else []
     asked = [name for name in WHEN_ASKED if getattr(spec.sampling, name) is not None]
-    results = [OUTPUT.field(name) for name in (*RESULTS, *asked)]
+    given = [name for name in RESULTS if format > 1 or name != "error_stage"]
+    results = [OUTPUT.field(name) for name in (*given, *asked)]
     for name in (*RESULTS, *WHEN_ASKED, *(column.name for column in added)):
         if name in names:
             raise ConfigError(

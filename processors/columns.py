@@ -11,17 +11,20 @@ from typing import Any
 
 import pyarrow as pa
 
-from rayinfer.errors import ErrorType, RowError
+from rayinfer.errors import ErrorType, RowError, Stage
 from rayinfer.request import Logprob, RequestOutput
 
 # Between the stages. ROW holds, pickled, what the user's preprocess returned: Python values that Arrow would not keep.
 TOKEN_IDS, PARAMS, ROW = "__rayinfer_token_ids", "__rayinfer_params", "__rayinfer_row"
-FAILED_TYPE, FAILED_MESSAGE = "__rayinfer_error_type", "__rayinfer_error_message"
+FAILED_TYPE, FAILED_STAGE = "__rayinfer_error_type", "__rayinfer_error_stage"
+FAILED_MESSAGE = "__rayinfer_error_message"
+FAILED = FAILED_TYPE, FAILED_STAGE, FAILED_MESSAGE
 ENCODED = pa.schema(
     [
         (TOKEN_IDS, pa.list_(pa.int32())),
         (PARAMS, pa.string()),
         (FAILED_TYPE, pa.string()),
+        (FAILED_STAGE, pa.string()),
         (FAILED_MESSAGE, pa.string()),
     ]
 )
@@ -41,11 +44,13 @@ OUTPUT = pa.schema(
         ("logprobs", pa.list_(_LOGPROBS)),
         ("prompt_logprobs", pa.list_(_LOGPROBS)),
         ("error_type", pa.string()),
+        ("error_stage", pa.string()),
         ("error_message", pa.string()),
         ("attempts", pa.int32()),
     ]
 )
-ERROR_COLUMNS = ("error_type", "error_message")
+ERROR_COLUMNS = ("error_type", "error_stage", "error_message")
+_TYPES = frozenset(map(str, ErrorType))
 WHEN_ASKED = ("logprobs", "prompt_logprobs")
 
 
@@ -62,15 +67,11 @@ def without(table: pa.Table, names: Iterable[str]) -> pa.Table:
 def output_row(result: RequestOutput | RowError, attempt: int) -> dict[str, Any]:
     """Values of the OUTPUT columns of one row; all but the finish reason and the error are None in a failed one."""
     if isinstance(result, RowError):  # it never reached the engine
-        error = (str(result.type), str(result))
-        return dict(zip(ERROR_COLUMNS, error, strict=True)) | {"finish_reason": "error", "attempts": 0}
+        return error_values(result, Stage.ENCODE) | {"finish_reason": "error", "attempts": 0}
     attempt += result.num_restarts
     if result.error_type is not None:
-        failed = (result.error_type, result.error_message)
-        return dict(zip(ERROR_COLUMNS, failed, strict=True)) | {
-            "finish_reason": "error",
-            "attempts": attempt,
-        }
+        error = RowError(ErrorType(result.error_type), result.error_message or "")
+        return error_values(error, Stage.ENGINE) | {"finish_reason": "error", "attempts": attempt}
     completion = result.outputs[0]
     return {
         "generated_text": completion.text,
@@ -83,6 +84,17 @@ def output_row(result: RequestOutput | RowError, attempt: int) -> dict[str, Any]
         "prompt_logprobs": _logprobs(result.prompt_logprobs),
         "attempts": attempt,
     }
+
+
+def error_values(error: RowError, stage: str) -> dict[str, str]:
+    """Values of ERROR_COLUMNS; `stage` is that of an error that names none."""
+    return dict(zip(ERROR_COLUMNS, (str(error.type), str(error.stage or stage), str(error)), strict=True))
+
+
+def error_of(row: Mapping[str, Any]) -> RowError | None:
+    """The error that a row's columns hold, if they are ours."""
+    kind, stage, message = map(row.get, ERROR_COLUMNS)
+    return RowError(ErrorType(kind), str(message), stage) if isinstance(kind, str) and kind in _TYPES else None
 
 
 def _logprobs(positions: Sequence[Mapping[int, Logprob] | None] | None) -> list[list[dict[str, Any]] | None] | None:

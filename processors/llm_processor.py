@@ -198,8 +198,8 @@ class LLMProcessor:
             return self._inputs.encode_batch([with_defaults(row, self._defaults) for row in rows])
         values = table.select(col.ENCODED.names).to_pydict()
         return [
-            EncodedRow(ids, _params_of(params)) if kind is None else RowError(ErrorType(kind), message)
-            for ids, params, kind, message in zip(*values.values(), strict=True)
+            EncodedRow(ids, _params_of(params)) if kind is None else RowError(ErrorType(kind), message, stage)
+            for ids, params, kind, stage, message in zip(*values.values(), strict=True)
         ]
 
     def _columns(self, params: list[SamplingParams]) -> pa.Schema:
@@ -216,8 +216,7 @@ class LLMProcessor:
         taken = take_rows(source.table, list(results))
         if self._on_error == "raise":
             for row, index in zip(rows, results, strict=True):
-                if row.get("error_type") is not None:
-                    error = RowError(ErrorType(row["error_type"]), row["error_message"])
+                if (error := col.error_of(row)) is not None:
                     col.raise_row(error, source.table.slice(index, 1).to_pylist()[0], index)
         return col.with_columns(taken, col.table_of(rows, source.columns))
 

@@ -31,8 +31,8 @@ def build_processor(
         preprocess: takes a row, returns the columns to add: `messages`, `prompt` or `prompt_token_ids`, and maybe
             `sampling_params`. Without it the rows have these columns.
         postprocess: takes a row with all columns, those added by preprocess and the outputs, and returns the row of
-            the result, to which `error_type` and `error_message` are appended. A failed row comes with its outputs
-            None. Without it the result has all columns.
+            the result, to which `error_type`, `error_stage` and `error_message` are appended. A failed row comes with
+            its outputs None. Without it the result has all columns.
         preprocess_map_kwargs, postprocess_map_kwargs: for `map_batches` of these two stages: num_cpus, memory,
             concurrency and the like.
         stats_actor: handle of a StatsBoard that engines report to.

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from rayinfer.config import EngineConfig
-from rayinfer.errors import ErrorType, RowError, describe
+from rayinfer.errors import ErrorType, RowError, Stage, describe
 from rayinfer.processors import columns as col
 from rayinfer.processors.llm_processor import INPUTS, sampling_defaults, with_defaults
 from rayinfer.processors.ray_compat import take_rows
@@ -65,6 +65,8 @@ class Prepare:
         for index, row in enumerate(rows):
             packed.append(None)
             try:
+                if (earlier := col.error_of(row)) is not None:  # of a processor before this one
+                    raise earlier
                 new, packed[index] = self._added(row)
                 asked[index] = self._request(row, new)
             except RowError as error:
@@ -79,7 +81,7 @@ class Prepare:
             elif self._on_error == "raise":
                 col.raise_row(result, rows[index], index)
             else:
-                hidden.append({col.FAILED_TYPE: str(result.type), col.FAILED_MESSAGE: str(result)})
+                hidden.append(dict(zip(col.FAILED, col.error_values(result, Stage.ENCODE).values(), strict=True)))
         arrays = col.table_of(hidden, col.ENCODED)
         if self._preprocess is not None:
             arrays[col.ROW] = pa.array(packed, pa.binary())
@@ -94,11 +96,13 @@ class Prepare:
             if isinstance(new, Mapping):
                 new = _named(new)
                 return new, col.pack(new)
-        except RowError:  # the function says itself what is wrong with the row
+            problem = f"returned {type(new).__name__}, want a dict"
+        except RowError as error:  # the function says itself what is wrong with the row
+            error.stage = error.stage or Stage.PREPROCESS
             raise
         except (Exception, SystemExit) as error:  # what it returned may not pickle
-            raise RowError(ErrorType.PREPROCESS_ERROR, f"preprocess raised {describe(error, row)}") from None
-        raise RowError(ErrorType.PREPROCESS_ERROR, f"preprocess returned {type(new).__name__}, want a dict")
+            problem = f"raised {describe(error, row)}"
+        raise RowError(ErrorType.PREPROCESS_ERROR, f"preprocess {problem}", Stage.PREPROCESS)
 
     def _request(self, row: Mapping[str, Any], new: Mapping[str, Any]) -> Mapping[str, Any]:
         """The input columns of a row; a prompt of whatever kind made by preprocess hides those of the table."""
@@ -143,8 +147,8 @@ def finish(table: pa.Table, postprocess: RowFunction | None, on_error: str) -> p
     results: list[Mapping[str, Any] | None] = []
     errors: list[RowError | None] = []
     for index, row in enumerate(rows):
-        failed = row["error_type"] is not None
-        error = RowError(ErrorType(row["error_type"]), row["error_message"]) if failed else None
+        error = col.error_of(row)
+        failed = error is not None
         result: Any = None
         try:
             result = postprocess(dict(row))
@@ -153,8 +157,9 @@ def finish(table: pa.Table, postprocess: RowFunction | None, on_error: str) -> p
             result = _named(result)
         except (Exception, SystemExit) as problem:  # the user's code raises what it likes
             result = None
-            error = error or RowError(ErrorType.POSTPROCESS_ERROR, f"postprocess raised {describe(problem, row)}")
-            row.update(error_type=str(error.type), error_message=str(error))
+            text = f"postprocess raised {describe(problem, row)}"
+            error = error or RowError(ErrorType.POSTPROCESS_ERROR, text, Stage.POSTPROCESS)
+            row.update(col.error_values(error, ""))
         if error is not None and not failed and on_error == "raise":
             col.raise_row(error, row, index)
         results.append(result)
@@ -201,9 +206,9 @@ def _result_table(
         else:
             arrays[name] = to_array(values, like=[sample[name]] if name in sample else None)
     own = [set(result) for result in results if result is not None]
-    for name, index in (("error_type", 0), ("error_message", 1)):
+    for name in col.ERROR_COLUMNS:
         if not any(name in keys for keys in own):
-            texts = [None if error is None else (str(error.type), str(error))[index] for error in errors]
+            texts = [None if error is None else col.error_values(error, "")[name] for error in errors]
             arrays[name] = pa.array(texts, pa.string())
     return pa.table(arrays)
 
@@ -213,10 +218,10 @@ def _probe(row: Mapping[str, Any], postprocess: RowFunction) -> Mapping[str, Any
 
     Only for a block in which every row failed, whose columns would otherwise have no type.
     """
-    empty = {"generated_text": "", "generated_tokens": [0], "finish_reason": "stop", "error_type": None}
+    empty = {"generated_text": "", "generated_tokens": [0], "finish_reason": "stop"}
     counts = dict.fromkeys(("num_input_tokens", "num_generated_tokens", "num_cached_tokens"), 0)
     try:
-        result = postprocess({**row, **empty, **counts, "error_message": None})
+        result = postprocess({**row, **empty, **counts, **dict.fromkeys(col.ERROR_COLUMNS)})
     except Exception:
         return {}
     return result if isinstance(result, Mapping) else {}

@@ -33,15 +33,28 @@ class ErrorType(StrEnum):
     ABORTED = "ABORTED"  # taken out before it was finished
 
 
-class RowError(ValueError):
-    """One row cannot be answered. `type` goes to `error_type`, the text to `error_message`, so it is valid UTF-8."""
+class Stage(StrEnum):
+    """The closed set of values that the `error_stage` column can hold: where on its way a row was lost."""
 
-    def __init__(self, type: ErrorType, message: str):
+    READ = "read"  # from its file
+    PREPROCESS = "preprocess"  # the user's function; in a job, its prompt template
+    ENCODE = "encode"  # checks, chat template, tokenizer, limits
+    ENGINE = "engine"
+    POSTPROCESS = "postprocess"
+
+
+class RowError(ValueError):
+    """One row cannot be answered. `type` goes to `error_type`, the text to `error_message`, so it is valid UTF-8.
+
+    `stage` goes to `error_stage`; None: whoever catches it knows.
+    """
+
+    def __init__(self, type: ErrorType, message: str, stage: str | None = None):
         super().__init__(message.encode(errors="backslashreplace").decode())
-        self.type = type
+        self.type, self.stage = type, stage
 
     def __reduce__(self):
-        return (RowError, (self.type, str(self)))
+        return (RowError, (self.type, str(self), self.stage))
 
 
 class ConfigError(ValueError):

@@ -263,7 +263,7 @@ TEMPLATES = [
     template("format", "LimitError", "width"),
     template("append", "SecurityError"),
     template("double", "LimitError", TOO_LARGE),
-    template("nest", "LimitError", TOO_LARGE),
+    template("nest", "LimitError", f"{TOO_LARGE}|ran for over"),
     template("nothing", "is empty", kind="INVALID_PROMPT"),
 ]
 

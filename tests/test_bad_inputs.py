@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.fuzz_rows import fuzz
 from rayinfer import EngineConfig
-from rayinfer.errors import ErrorType
+from rayinfer.errors import ErrorType, Stage
 from rayinfer.processors import LLMProcessor
 from rayinfer.processors import columns as col
 from rayinfer.processors.stages import Prepare, finish
@@ -57,7 +57,9 @@ def wrong(row, what, error_type, fragments):
     missing = [part for part in fragments if not (re.search(part, message) if "|" in part else part in message)]
     quoted = any(secret[i : i + 8] in message.casefold() for i in range(len(secret) - 8))
     empty = (row["generated_text"], row["generated_tokens"], row["finish_reason"]) == (None, None, "error")
-    if row["error_type"] != error_type or missing or quoted or not empty or len(message) > 2500:
+    in_function = error_type == "PREPROCESS_ERROR" or what == "preprocess says so"
+    wrong_stage = row["error_stage"] != ("preprocess" if in_function else "encode")
+    if row["error_type"] != error_type or wrong_stage or missing or quoted or not empty or len(message) > 2500:
         return f"{what}: {row['error_type']}, {message[:300]!r} lacks {missing}, quoted={quoted}, {row}"
     return None
 
@@ -97,7 +99,9 @@ def test_columns_of_wrong_types(answers, llm, case):
 
 def test_the_readme_has_every_error_type():
     text = (Path(__file__).resolve().parents[1] / "README.md").read_text()
-    assert set(re.findall(r"^\| `([A-Z_]+)` \| (?:read|prepare|engine|finish)", text, re.M)) == set(ErrorType)
+    told = dict(re.findall(r"^\| `([A-Z_]+)` \| ([a-z, ]+) \|", text, re.M))
+    assert told.keys() == set(ErrorType)
+    assert {stage for stages in told.values() for stage in stages.split(", ")} == set(Stage)
 
 
 def test_the_table_is_what_it_says():

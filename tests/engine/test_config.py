@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from rayinfer import LLM, SamplingParams
 from rayinfer.config import EngineConfig
-from rayinfer.errors import ConfigError, ErrorType, RowError
+from rayinfer.errors import ConfigError, ErrorType, RowError, Stage
 from tests.engine.tiny import TINY
 
 
@@ -103,8 +103,8 @@ def test_sampling_from_row():
 
 
 def test_row_error_travels():
-    error = pickle.loads(pickle.dumps(RowError(ErrorType.NAN_LOGITS, "why")))
-    assert (error.type, str(error)) == (ErrorType.NAN_LOGITS, "why")
+    error = pickle.loads(pickle.dumps(RowError(ErrorType.NAN_LOGITS, "why", Stage.ENGINE)))
+    assert (error.type, str(error), error.stage) == (ErrorType.NAN_LOGITS, "why", Stage.ENGINE)
 
 
 def test_long_values_stay_out_of_the_text():

@@ -21,6 +21,7 @@ import pytest
 import yaml
 
 from benchmarks.commit_crashes import Orderly, finished, plan_of
+from rayinfer.pipelines import identity
 from rayinfer.pipelines.collect import RayWrites, collect_all
 from rayinfer.pipelines.job import JobSpec
 from rayinfer.pipelines.log import CommitLog, OutputTakenError
@@ -178,16 +179,22 @@ def test_a_worker_that_is_killed(tmp_path, slow_job, whole):
     assert texts(out) == whole
 
 
-def test_failed_rows_are_run_again(tmp_path, job, local_ray):
+def test_failed_rows_are_run_again(tmp_path, job, local_ray, monkeypatch):
+    """Those of an output of an earlier version, whose columns it keeps."""
     values = [None if i % 4 == 0 else f"row {i}" for i in range(12)]
     pq.write_table(pa.table({"text": values}), tmp_path / "in.parquet")
     spec = JobSpec.parse(job(tmp_path / "in.parquet"))
     out = tmp_path / "out"
     for attempts in (0, 1):
-        result = run_job(spec, replay=attempts > 0)
+        with monkeypatch.context() as patch:
+            if attempts == 0:
+                patch.setattr(identity, "FORMAT", 1)  # which had no error_stage
+            result = run_job(spec, replay=attempts > 0)
         assert (result.status, result.num_ok, result.num_failed) == ("complete", 9, 3), result.reason
         rows = pq.read_table(out).to_pylist()
-        assert sorted(row["attempts"] for row in rows if row["error_type"]) == [attempts] * 3
+        failed = [row for row in rows if row["error_type"]]
+        assert [row["attempts"] for row in failed] == [attempts] * 3
+        assert "error_stage" not in rows[0]
         assert {row["attempts"] for row in rows if not row["error_type"]} == {1}
         assert verify(str(out))[1] == []
     assert result.num_rows_before == 9

@@ -100,8 +100,13 @@ def test_bad_rows_cost_themselves_only(tmp_path, local_ray, job, model_path):
     assert len({str(pq.read_schema(folder / name)) for name in os.listdir(folder) if name.startswith("part-")}) == 1
     rows = {row["row_key"]: row for row in read_parts(folder, "parquet").to_pylist()}
     assert sorted(rows) == [f"in.jsonl#{i}" for i in range(7)]
-    errors = {key[-1]: row["error_type"] for key, row in rows.items() if row["error_type"]}
-    assert errors == {"2": "INVALID_PROMPT", "3": "INVALID_PROMPT", "4": "TEMPLATE_ERROR", "5": "PROMPT_TOO_LONG"}
+    errors = {key[-1]: (row["error_type"], row["error_stage"]) for key, row in rows.items() if row["error_type"]}
+    assert errors == {
+        "2": ("INVALID_PROMPT", "read"),
+        "3": ("INVALID_PROMPT", "encode"),
+        "4": ("TEMPLATE_ERROR", "preprocess"),
+        "5": ("PROMPT_TOO_LONG", "encode"),
+    }
     assert rows["in.jsonl#2"]["error_message"].startswith("record 2 (from 0) is not valid JSON")
     assert rows["in.jsonl#5"]["text"] == "x" * 500  # a failed row keeps its input
     good = [rows[f"in.jsonl#{i}"]["generated_text"] for i in (0, 1, 6)]

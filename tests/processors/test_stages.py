@@ -94,9 +94,11 @@ def test_bad_rows_cost_themselves_only(llm, model_path, engine_kwargs, expected)
     for row in result.to_pylist():
         if row["name"] == "good":
             assert row["generated_tokens"] == expected(f"row {row['id']}")
-            assert (row["error_type"], row["attempts"], row["finish_reason"]) == (None, 1, "length")
+            assert (row["error_type"], row["error_stage"], row["attempts"]) == (None, None, 1)
+            assert row["finish_reason"] == "length"
         else:
             assert row["error_type"] == BAD[row["name"]][1], row
+            assert row["error_stage"] == ("preprocess" if row["error_type"] == "PREPROCESS_ERROR" else "encode")
             assert row["error_message"]
             assert (row["generated_text"], row["generated_tokens"], row["finish_reason"]) == (None, None, "error")
     assert result.schema.field("id").type == pa.int16()
@@ -141,6 +143,7 @@ def test_postprocess_that_raises_costs_its_row(llm, model_path, engine_kwargs):
     table = names_table(["good", "good", "empty"])
     rows = pa.concat_tables(run(llm, prepare(model_path, engine_kwargs), table, picky)).sort_by("id").to_pylist()
     assert [row["error_type"] for row in rows] == [None, "POSTPROCESS_ERROR", "INVALID_PROMPT"]
+    assert [row["error_stage"] for row in rows] == [None, "postprocess", "encode"]
     assert rows[0]["text"]
     assert rows[1]["text"] is None
     with pytest.raises(RowError, match=r"id='1'.*POSTPROCESS_ERROR.*KeyError"):
@@ -242,7 +245,7 @@ def test_calls_are_even_and_at_most_batch_size(model_path, engine_kwargs):
 
 def test_columns_of_one_name_do_not_clash(llm, model_path, engine_kwargs):
     """A table that was processed before, and one with a prompt of its own that preprocess replaces."""
-    table = pa.table({"id": [0], "prompt": ["old"], "error_type": ["ABORTED"], "generated_text": [1]})
+    table = pa.table({"id": [0], "prompt": ["old"], "error_type": ["user's own"], "generated_text": [1]})
     stage = prepare(model_path, engine_kwargs, lambda row: {"messages": [{"role": "user", "content": "x"}]})
     (result,) = run(llm, stage, table)
     row = result.to_pylist()[0]
@@ -256,6 +259,21 @@ def test_columns_of_one_name_do_not_clash(llm, model_path, engine_kwargs):
         assert (result.to_pylist()[0]["prompt"], result.to_pylist()[0]["id"]) == ("new", 5)
 
 
+def test_a_row_that_failed_before_stays_failed(llm, model_path, engine_kwargs):
+    """In two processors one after the other: an error must not become the answer to half a prompt."""
+    stage = prepare(model_path, engine_kwargs)
+    first = run(
+        llm, stage, names_table(["good", "empty"]), lambda row: {"id": row["id"], "text": row["generated_text"]}
+    )
+    second = prepare(model_path, engine_kwargs, lambda row: {"prompt": f"Say {row['text']}"})
+    for postprocess in (None, lambda row: row):
+        blocks = [done for block in first for done in run(llm, second, block, postprocess)]
+        good, bad = pa.concat_tables(blocks, promote_options="default").sort_by("id").to_pylist()
+        assert (good["error_type"], good["num_generated_tokens"]) == (None, 8)
+        assert (bad["error_type"], bad["error_stage"]) == ("INVALID_PROMPT", "encode")
+        assert (bad["error_message"], bad["generated_text"]) == ("prompt: is empty", None)
+
+
 def test_nan_in_one_row(model_path, engine_kwargs, expected, tmp_path):
     shutil.copytree(model_path, tmp_path / "nan")
     weights = load_file(tmp_path / "nan" / "model.safetensors")
@@ -264,7 +282,7 @@ def test_nan_in_one_row(model_path, engine_kwargs, expected, tmp_path):
     processor = LLMProcessor(str(tmp_path / "nan"), sampling_params=GREEDY, **engine_kwargs)
     blocks = list(processor(pa.table({"prompt": ["ab", "a~b", "cd"]})))
     rows = {row["prompt"]: row for block in blocks for row in block.to_pylist()}
-    assert rows["a~b"]["error_type"] == "NAN_LOGITS"
+    assert (rows["a~b"]["error_type"], rows["a~b"]["error_stage"]) == ("NAN_LOGITS", "engine")
     assert [rows[prompt]["generated_tokens"] for prompt in ("ab", "cd")] == [expected("ab"), expected("cd")]
     processor.close()
 
