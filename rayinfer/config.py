@@ -29,7 +29,8 @@ class EngineConfig(BaseModel):
     ] = "auto"
     device: Annotated[str, Field(description="auto: cuda if there is one, else cpu")] = "auto"
     load_format: Annotated[
-        Literal["auto", "dummy"], Field(description="dummy: random weights of the model's shapes, for benchmarks")
+        Literal["auto", "pt", "dummy"],
+        Field(description="pt: pickled weights (pytorch_model.bin); dummy: random ones, for benchmarks"),
     ] = "auto"
     skip_tokenizer_init: Annotated[bool, Field(description="only prompt_token_ids in, no text out")] = False
     trust_remote_code: Annotated[bool, Field(description="run Python code from the model folder")] = False

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -102,12 +103,12 @@ def resolve_device(config: EngineConfig) -> torch.device:
 
 def _inspect(config: EngineConfig) -> tuple[Source, PreTrainedConfig, ModelInfo]:
     source = find_source(config.model, config.revision)
-    if config.load_format == "dummy" and (source.gguf_file or not source.local):
-        raise ConfigError(f"model = {config.model!r}: load_format dummy wants a local folder with a config.json")
+    if (config.load_format != "auto" and source.gguf_file) or (config.load_format == "dummy" and not source.local):
+        raise ConfigError(f"model = {config.model!r}: load_format {config.load_format} wants a folder with config.json")
     hf_config = _override(_read_config(config, source), config.hf_overrides)
     architecture = _check_architecture(config, hf_config)
     if config.load_format != "dummy":
-        check_weights(source)
+        check_weights(source, pickled=config.load_format == "pt")
     text = hf_config.get_text_config()
     generation = _generation_config(source, hf_config)
     eos = {id for part in (generation, text) for id in _as_ids(getattr(part, "eos_token_id", None))}
@@ -263,13 +264,14 @@ def _pretrained(
             device_map=None if device.type == "cpu" else {"": device},
             attn_implementation=ATTENTION,
             trust_remote_code=config.trust_remote_code,
-            use_safetensors=None if source.gguf_file else True,
+            use_safetensors=None if source.gguf_file else config.load_format != "pt",
+            weights_only=True,
             output_loading_info=True,
             **source.hub_kwargs(),
         )
     except torch.OutOfMemoryError:
         raise
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, UnpicklingError) as error:
         raise ConfigError(f"model = {config.model!r}: cannot be loaded: {error}") from error
     module, report = loaded
     if report["missing_keys"] or report["mismatched_keys"]:

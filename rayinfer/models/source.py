@@ -7,14 +7,15 @@ import importlib.util
 import json
 import os
 import struct
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rayinfer.errors import ConfigError
 
-_WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+_SAFE = "model.safetensors"
+_PICKLED = "pytorch_model.bin"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -90,50 +91,59 @@ def _speed_up_gguf() -> None:
     gguf.get_tensor_name_map = functools.cache(gguf.get_tensor_name_map)
 
 
-def check_weights(source: Source) -> None:
+def check_weights(source: Source, pickled: bool = False) -> None:
     """Check that every weight file is there and whole, without reading weights.
 
+    Args:
+        pickled: take pytorch_model.bin, and only that.
+
     Raises:
-        ConfigError: a missing or truncated file, named; or only pickled weights, which are never loaded.
+        ConfigError: a missing or truncated file, named; or only pickled weights, without being asked for them.
     """
     if source.gguf_file is not None:
         return  # transformers parses its tensor table when it reads the config
+    name = _PICKLED if pickled else _SAFE
     if not source.local:
-        _check_hub(source)
+        _check_hub(source, name)
         return
     folder = Path(source.path)
-    if (folder / _WEIGHTS).is_file():
-        _check_shard(folder / _WEIGHTS, [])
-    elif (folder / _INDEX).is_file():
-        _check_shards(folder)
-    elif pickles := sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES):
+    if (folder / name).is_file():
+        _check_shard(folder / name, [], "")
+    elif (folder / f"{name}.index.json").is_file():
+        _check_shards(folder, f"{name}.index.json")
+    elif not pickled and (pickles := sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)):
         raise ConfigError(
             f"model = {source.path!r}: has only pickled weights ({pickles[0]}), which can run any code when loaded; "
-            "convert them to safetensors: load them where you trust them, then save_pretrained()"
+            "convert them to safetensors: load them where you trust them, then save_pretrained(); or set "
+            f"load_format='pt' for a {_PICKLED}, of which nothing but tensors is then unpickled"
         )
     else:
-        raise ConfigError(f"model = {source.path!r}: has no weights; want {_WEIGHTS} or {_INDEX} and its shards")
+        raise ConfigError(f"model = {source.path!r}: has no weights; want {name} or {name}.index.json and its shards")
 
 
-def _check_shards(folder: Path) -> None:
+def _check_shards(folder: Path, index: str) -> None:
     try:
-        weight_map: dict[str, str] = json.loads((folder / _INDEX).read_text())["weight_map"]
+        weight_map: dict[str, str] = json.loads((folder / index).read_text())["weight_map"]
     except (ValueError, KeyError) as error:
-        raise ConfigError(f"model file {folder / _INDEX} cannot be read: {error!r}; download it again") from None
+        raise ConfigError(f"model file {folder / index} cannot be read: {error!r}; download it again") from None
     names = sorted(set(weight_map.values()))
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ConfigError(
-            f"model = {str(folder)!r}: {len(missing)} of {len(names)} weight files that {_INDEX} names are missing: "
+            f"model = {str(folder)!r}: {len(missing)} of {len(names)} weight files that {index} names are missing: "
             f"{', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}"
         )
     for name in names:
-        _check_shard(folder / name, [tensor for tensor, shard in weight_map.items() if shard == name])
+        _check_shard(folder / name, [tensor for tensor, shard in weight_map.items() if shard == name], index)
 
 
-def _check_shard(path: Path, tensors: list[str]) -> None:
-    """Compare a safetensors file's header with its size and with the tensors it should hold."""
+def _check_shard(path: Path, tensors: list[str], index: str) -> None:
+    """Compare a safetensors file's header with its size and with the tensors that the index says it holds."""
     size = path.stat().st_size
+    if path.suffix == ".bin":
+        if not zipfile.is_zipfile(path):  # its directory stands at its end
+            raise ConfigError(f"model file {path}: cut short, or of torch before 1.6; load and save it again")
+        return
     try:
         with path.open("rb") as file:
             (header_size,) = struct.unpack("<Q", file.read(8))
@@ -146,14 +156,14 @@ def _check_shard(path: Path, tensors: list[str]) -> None:
         raise ConfigError(f"model file {path}: {size} bytes, but its header says {wanted}; download it again")
     absent = [tensor for tensor in tensors if tensor not in header]
     if absent:
-        raise ConfigError(f"model file {path}: lacks tensor {absent[0]!r}, which {_INDEX} says it holds")
+        raise ConfigError(f"model file {path}: lacks tensor {absent[0]!r}, which {index} says it holds")
 
 
-def _check_hub(source: Source) -> None:
-    """The weights are in the cache, or the hub has them as safetensors."""
+def _check_hub(source: Source, name: str) -> None:
+    """The weights are in the cache, or the hub has them."""
     from huggingface_hub import file_exists, try_to_load_from_cache
 
-    names = (_INDEX, _WEIGHTS)
+    names = (f"{name}.index.json", name)
     if any(isinstance(try_to_load_from_cache(source.path, name, revision=source.revision), str) for name in names):
         return
     try:
@@ -163,4 +173,4 @@ def _check_hub(source: Source) -> None:
             f"model = {source.path!r}: its weights are not in the cache and the hub cannot be asked: {error}"
         ) from None
     if not found:
-        raise ConfigError(f"model = {source.path!r}: the hub has no safetensors weights for it; pickles are not loaded")
+        raise ConfigError(f"model = {source.path!r}: the hub has no {name} for it; pickles want load_format='pt'")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -79,7 +80,48 @@ def test_pickled_weights(folder):
     state = load_file(folder / WEIGHTS)
     (folder / WEIGHTS).unlink()
     torch.save(state, folder / "pytorch_model.bin")
-    refuse(folder, "pytorch_model.bin", "pickled", "safetensors")
+    refuse(folder, "pytorch_model.bin", "pickled", "safetensors", "load_format='pt'")
+
+
+class Bomb:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("num_shards", [1, 2])
+def test_pickled_weights_asked_for_by_name(make_family, run_rows, folder, num_shards):
+    """They give transformers' logits; what is missing, cut short, or more than tensors is refused, and is not run."""
+    reference = make_family("llama").reference()
+    refuse(folder, "no weights", "pytorch_model.bin", load_format="pt")
+    (folder / WEIGHTS).unlink()
+    shards = {f"pytorch_model-{i}.bin": {} for i in range(num_shards)}
+    weight_map = dict(zip(reference.state_dict(), itertools.cycle(shards), strict=False))
+    for tensor, weight in reference.state_dict().items():
+        shards[weight_map[tensor]][tensor] = weight
+    if num_shards == 1:
+        shards = {"pytorch_model.bin": reference.state_dict()}
+    else:
+        index = {"metadata": {}, "weight_map": weight_map}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    for name, weights in shards.items():
+        torch.save(weights, folder / name)
+    row = [5, 7, 11, 13]
+    model = load_model(EngineConfig(model=str(folder), device="cpu", load_format="pt"))
+    (logits,) = run_rows(model, [row], [len(row)], 4)
+    torch.testing.assert_close(logits, reference(torch.tensor([row])).logits[0], rtol=0, atol=1e-4)
+    last = folder / list(shards)[-1]
+    whole = last.read_bytes()
+    last.write_bytes(whole[:-9])
+    refuse(folder, last.name, "cut short", load_format="pt")
+    torch.save({"lm_head.weight": Bomb(folder / "ran")}, last)
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        load_model(EngineConfig(model=str(folder), device="cpu", load_format="pt"))
+    assert not (folder / "ran").exists()
+    last.unlink()
+    refuse(folder, "pytorch_model", load_format="pt")
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100, -1])
