@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import queue
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -50,8 +51,9 @@ class LLMProcessor:
     A call yields its rows in blocks of a quarter of the batch as soon as a block's rows are done, those that may be
     short first. Which rows are in which block depends on the batch alone: when a worker dies, Ray runs its calls again
     and skips as many blocks as it already has, so blocks made in the order in which rows end would lose some rows and
-    repeat others. For a caller who finds out such rows by key, `any_rows` lets every call yield whatever rows of the
-    engine are done, as many as it brought: no row waits for another, and no call for a row that is far longer.
+    repeat others. For a caller who finds out such rows by key, `any_rows` lets a call yield whatever rows of the engine
+    are done, and end when as many are done as it and the calls before it brought: no row waits for another, and no call
+    for a row that is far longer.
 
     Args:
         model: local folder, hub id, or a single .gguf file.
@@ -89,6 +91,8 @@ class LLMProcessor:
         self._template = chat_template, chat_template_kwargs
         self._engine = EngineProcess(self._config)
         self._done: queue.SimpleQueue[_Done] | None = queue.SimpleQueue() if any_rows else None
+        self._turn, self._gathering = threading.Condition(), False  # for any_rows: the call that makes a block
+        self._num_brought = self._num_given = 0  # rows of all calls
         self._end_reports = None
         if stats_actor is not None:
             self._end_reports = report_every_second(stats_actor, uuid.uuid4().hex, self._engine.stats)
@@ -113,6 +117,9 @@ class LLMProcessor:
         )
         columns = self._columns([row.params for _, row in good])
 
+        with self._turn:
+            self._num_brought += len(good)
+            last = self._num_brought
         done = self._done or queue.SimpleQueue()
         source = _Source(table, columns, attempt)
         self._engine.submit(
@@ -121,7 +128,7 @@ class LLMProcessor:
         if failed:
             yield self._block(source, failed)
         if self._done:
-            yield from self._as_they_end(len(good), table.num_rows)
+            yield from self._as_they_end(last)
         else:
             yield from self._in_order(done, len(good), max(MIN_ROWS_PER_BLOCK, -(-table.num_rows // 4)))
 
@@ -137,35 +144,55 @@ class LLMProcessor:
             entries = [waiting.pop(place) for place in places]
             yield self._block(entries[0].source, {entry.index: entry.output for entry in entries})
 
-    def _as_they_end(self, num_rows: int, size: int) -> Iterator[pa.Table]:
-        """As many rows as this call brought, of whatever call, in blocks of `size` rows or what a second brought."""
-        assert self._done is not None
-        left, since, entries = num_rows, time.monotonic(), list[_Done]()
-        while left:
+    def _as_they_end(self, last: int) -> Iterator[pa.Table]:
+        """Rows of whatever call, until as many were handed on as all calls up to this one brought, `last`.
+
+        One call at a time gathers them, for a second or a quarter of what is under way: all at once would make blocks
+        of few rows, and end together.
+        """
+        while True:
+            with self._turn:
+                self._turn.wait_for(lambda: self._num_given >= last or not self._gathering)
+                if self._num_given >= last:
+                    return
+                self._gathering = True
+            entries: list[_Done] = []
             leaving = self._drain.leaving
-            seconds = max(0.0, since + BLOCK_SECONDS - time.monotonic()) if entries else BLOCK_SECONDS
-            entry = self._next(self._done, 0.0 if leaving else seconds)
-            if entry is not None:
-                since = since if entries else time.monotonic()
-                entries.append(entry)
-                left -= 1
-            if entries and (entry is None or not left or len(entries) >= size):
+            try:
+                entries = self._gather(0.0 if leaving else BLOCK_SECONDS)
+            finally:
+                with self._turn:
+                    self._gathering = False
+                    self._num_given += len(entries)
+                    self._turn.notify_all()
+            if entries:
                 by_source: dict[_Source, dict[int, RequestOutput]] = {}
                 for done in entries:
                     by_source.setdefault(done.source, {})[done.index] = done.output
-                entries.clear()
                 blocks = [self._block(source, results) for source, results in by_source.items()]
                 alike = all(block.schema.equals(blocks[0].schema) for block in blocks)
                 yield from [pa.concat_tables(blocks)] if alike else blocks
-            if leaving and entry is None:
+            elif leaving:
                 return  # the rows that are left are found by number
+
+    def _gather(self, seconds: float) -> list[_Done]:
+        assert self._done is not None
+        deadline = time.monotonic() + seconds
+        num_left = self._num_brought - self._num_given
+        entries: list[_Done] = []
+        while len(entries) < min(num_left, max(MIN_ROWS_PER_BLOCK, num_left // 4)):
+            entry = self._next(self._done, max(0.0, deadline - time.monotonic()))
+            if entry is None:
+                break
+            entries.append(entry)
+        return entries
 
     def _next(self, done: queue.SimpleQueue[_Done], seconds: float | None) -> _Done | None:
         """The next row that is done; None if none was in so many seconds."""
         try:
             entry = done.get(timeout=seconds)
         except queue.Empty:
-            return None
+            entry = None
         if self._engine.error is not None:
             raise RuntimeError(
                 "the engine cannot go on; its rows are not lost, they have no result"

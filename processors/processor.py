@@ -74,7 +74,7 @@ class Processor:
             engine = engine.model_copy(update={"device": "cuda" if num_gpus else "cpu"})
         on_cpu = engine.model_copy(update={"device": "cpu"})  # of what needs no weights
         check_model(on_cpu)
-        batch_size, num_calls, num_seqs = rows_in_flight(engine, config)
+        batch_size, num_calls = rows_in_flight(engine, config)
         model_kwargs = engine.model_dump(exclude_unset=True)
         template = {"chat_template": config.chat_template, "chat_template_kwargs": config.chat_template_kwargs}
 
@@ -130,7 +130,7 @@ class Processor:
         dataset = dataset.map_batches(
             cast(Any, finish),
             fn_kwargs={"postprocess": self.postprocess, "on_error": config.on_error},
-            batch_size=num_seqs,  # rows that end in the time that one row takes: blocks neither tiny nor late
+            batch_size=None,  # each block when it comes: rows that wait for others to fill a batch may wait for long
             batch_format="pyarrow",
             **finish_kwargs,
         )
@@ -176,8 +176,8 @@ def actor_pool(size: Concurrency, **kwargs: Any) -> ActorPoolStrategy:
     return ActorPoolStrategy(min_size=low, max_size=high, **kwargs)
 
 
-def rows_in_flight(engine: EngineConfig, config: EngineProcessorConfig) -> tuple[int, int, int]:
-    """Rows of a call, calls at once in an engine, and rows that the engine runs at once.
+def rows_in_flight(engine: EngineConfig, config: EngineProcessorConfig) -> tuple[int, int]:
+    """Rows of a call, and calls at once in an engine.
 
     A call ends with its longest row; with lengths from 0 to the maximum, half of a call's rows run at any time, so
     twice what the engine runs at once is given to it.
@@ -187,7 +187,7 @@ def rows_in_flight(engine: EngineConfig, config: EngineProcessorConfig) -> tuple
     num_seqs = engine.max_num_seqs or DEFAULT_MAX_NUM_SEQS[engine.device.partition(":")[0]]
     batch_size = config.batch_size or max(8, num_seqs // 8)
     num_calls = config.max_concurrent_batches or math.ceil(2 * num_seqs / batch_size) + 1
-    return batch_size, num_calls, num_seqs
+    return batch_size, num_calls
 
 
 def check_model(engine: EngineConfig) -> None:
