@@ -49,6 +49,10 @@ class EngineProcessorConfig(BaseModel):
     ] = None
     accelerator_type: Annotated[str | None, Field(description="GPU type that engines need, such as H100")] = None
     runtime_env: Annotated[dict[str, Any] | None, Field(description="Ray runtime environment of the engines")] = None
+    engine_pool: Annotated[
+        str | None,
+        Field(min_length=1, description="processors of a job that name the same pool share its engines"),
+    ] = None
     on_error: Annotated[
         Literal["record", "raise"],
         Field(description="record: a failed row has error_type; raise: it stops the job"),

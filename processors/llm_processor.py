@@ -7,7 +7,6 @@ import json
 import queue
 import threading
 import time
-import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -62,6 +61,7 @@ class LLMProcessor:
         on_error: "record" makes a failed row an error row; "raise" stops the job with an error that names the row.
         stats_actor: handle of a StatsBoard, told about the engine each second.
         any_rows: calls yield rows of one another; see above.
+        engine: one that runs already and is shared, with these engine_kwargs.
         engine_kwargs: the other fields of EngineConfig.
 
     Raises:
@@ -81,6 +81,7 @@ class LLMProcessor:
         on_error: Literal["record", "raise"] = "record",
         stats_actor: Any = None,
         any_rows: bool = False,
+        engine: EngineProcess | None = None,
         **engine_kwargs: Any,
     ):
         self._drain = DrainWatch()
@@ -89,13 +90,13 @@ class LLMProcessor:
         self._asked = [name for name in col.WHEN_ASKED if self._defaults.get(name) is not None]
         self._config = EngineConfig.parse(model=model, **engine_kwargs)
         self._template = chat_template, chat_template_kwargs
-        self._engine = EngineProcess(self._config)
+        self._engine = engine or EngineProcess(self._config)
         self._done: queue.SimpleQueue[_Done] | None = queue.SimpleQueue() if any_rows else None
         self._turn, self._gathering = threading.Condition(), False  # for any_rows: the call that makes a block
         self._num_brought = self._num_given = 0  # rows of all calls
         self._end_reports = None
         if stats_actor is not None:
-            self._end_reports = report_every_second(stats_actor, uuid.uuid4().hex, self._engine.stats)
+            self._end_reports = report_every_second(stats_actor, self._engine.id, self._engine.stats)
 
     def __call__(self, batch: DataBatch) -> Iterator[pa.Table]:
         """Yield the batch's rows with the output columns, in tables of a few rows, not in the batch's order."""

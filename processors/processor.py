@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -12,6 +13,7 @@ from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
 from rayinfer.config import EngineConfig
 from rayinfer.errors import ConfigError
 from rayinfer.processors.config import Concurrency, EngineProcessorConfig, bounds
+from rayinfer.processors.engine_pool import Membership, SharedProcessor
 from rayinfer.processors.llm_processor import LLMProcessor
 from rayinfer.processors.ray_compat import bear_slow_engines, cluster_resources, map_blocks
 from rayinfer.processors.stages import Prepare, RowFunction, finish
@@ -36,6 +38,8 @@ def build_processor(
         preprocess_map_kwargs, postprocess_map_kwargs: for `map_batches` of these two stages: num_cpus, memory,
             concurrency and the like.
         stats_actor: handle of a StatsBoard that engines report to.
+
+    Processors of one job whose configs name the same `engine_pool` share its engines.
     """
     if not isinstance(config, EngineProcessorConfig):
         raise ConfigError(f"config: want an EngineProcessorConfig, got {type(config).__name__}")
@@ -75,7 +79,6 @@ class Processor:
         on_cpu = engine.model_copy(update={"device": "cpu"})  # of what needs no weights
         check_model(on_cpu)
         batch_size, num_calls = rows_in_flight(engine, config)
-        model_kwargs = engine.model_dump(exclude_unset=True)
         template = {"chat_template": config.chat_template, "chat_template_kwargs": config.chat_template_kwargs}
 
         prepare_kwargs: dict[str, Any] = {"num_cpus": prepare_cpus} | self.preprocess_map_kwargs
@@ -97,19 +100,25 @@ class Processor:
             **prepare_kwargs,
         )
         low, high = bounds(config.concurrency)
-        placement: dict[str, Any] = {"accelerator_type": config.accelerator_type, "runtime_env": config.runtime_env}
+        options: dict[str, Any] = {"num_cpus": num_cpus, "num_gpus": num_gpus or None}
+        options |= {"accelerator_type": config.accelerator_type, "runtime_env": config.runtime_env}
+        options = {key: value for key, value in options.items() if value is not None}
+        llm_kwargs = {
+            **engine.model_dump(exclude_unset=True),
+            "sampling_params": config.sampling_params,
+            "on_error": config.on_error,
+            "stats_actor": self.stats_actor,
+            "any_rows": self.any_rows,
+            **template,
+        }
+        if config.engine_pool is not None:
+            llm_kwargs["place"] = Membership(config.engine_pool, uuid.uuid4().hex, engine, high, options)
+            options = {"num_cpus": 0}
         dataset = map_blocks(
             dataset,
-            LLMProcessor,
+            LLMProcessor if config.engine_pool is None else SharedProcessor,
             batch_size,
-            fn_constructor_kwargs={
-                **model_kwargs,
-                "sampling_params": config.sampling_params,
-                "on_error": config.on_error,
-                "stats_actor": self.stats_actor,
-                "any_rows": self.any_rows,
-                **template,
-            },
+            fn_constructor_kwargs=llm_kwargs,
             batch_format="pyarrow",
             compute=actor_pool(
                 config.concurrency,
@@ -120,9 +129,7 @@ class Processor:
                 initial_size=num_engines,
             ),
             max_concurrency=num_calls,
-            num_cpus=num_cpus,
-            num_gpus=num_gpus or None,
-            **{key: value for key, value in placement.items() if value is not None},
+            **options,
         )
         finish_kwargs = dict(self.postprocess_map_kwargs)
         if "concurrency" in finish_kwargs:
@@ -163,7 +170,7 @@ class Processor:
         # Engines on GPUs are all asked for in the beginning, those that need a new node too.
         taking = most if num_gpus else engines
         wanted = given + taking * (config.num_cpus is None) + tokenizers * (prepare_cpus is None)
-        default = 1.0 if wanted <= total_cpus - 1 else 0.0
+        default = 1.0 if wanted <= total_cpus - 1 and config.engine_pool is None else 0.0  # others take some too
         num_cpus = default if config.num_cpus is None else config.num_cpus
         prepare_cpus = default if prepare_cpus is None else prepare_cpus
         left = total_cpus - 1 - tokenizers * prepare_cpus

@@ -109,6 +109,11 @@ def restart_actor() -> None:
     ray.kill(ray.get_runtime_context().current_actor, no_restart=False)
 
 
+def is_dead(actor_id: str) -> bool:
+    """Whether an actor has ended for good."""
+    return ray._private.state.state.actor_table(actor_id).get("State", "DEAD") == "DEAD"
+
+
 def task_attempt() -> int:
     """1 in a task's first run, 2 when Ray runs it again after a worker or node was lost; 1 outside of Ray."""
     if not ray.is_initialized():

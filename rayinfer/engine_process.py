@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Container, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, fields
@@ -63,7 +64,7 @@ class EngineProcess:
 
     def __init__(self, config: EngineConfig):
         self.error: BaseException | None = None
-        self._config = config
+        self._config, self.id = config, uuid.uuid4().hex
         self._lock = threading.RLock()
         self._rows: dict[str, _Row] = {}  # all that are not finished, oldest first
         self._unsent: dict[str, None] = {}  # of these: not in the process
