@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rayinfer.bench.command import bench
 from rayinfer.errors import ConfigError
 
 COMPLETE, INCOMPLETE, REFUSED, FAILED_ROWS, INTERRUPTED = 0, 1, 2, 3, 130
@@ -86,7 +87,7 @@ def verify(output: _Output, job: _JobFile = None) -> None:
     try:
         facts, wrong = verify(resolve_uri(output, "."), load_job(job).sink if job is not None else None)
     except ConfigError as error:
-        _refuse(error)
+        refuse(error)
     _show(facts)
     for line in wrong:
         Console().print(Text(f"wrong: {line}", style="bold red"), soft_wrap=True)
@@ -98,7 +99,7 @@ def verify(output: _Output, job: _JobFile = None) -> None:
 def _execute(load: Callable[[], Any], strict: bool, json_file: Path | None, options: dict[str, Any]) -> None:
     """Run a job, print what it came to, and exit with its code."""
     console, errors = Console(), Console(stderr=True)
-    _Stopper()
+    Stopper()
     try:
         spec = load()
         console.print(Text("checking the job", style="dim"))
@@ -107,7 +108,7 @@ def _execute(load: Callable[[], Any], strict: bool, json_file: Path | None, opti
 
         result = run_job(spec, **options, console=console)
     except ConfigError as error:
-        _refuse(error)
+        refuse(error)
     except KeyboardInterrupt:
         errors.print("stopped before the job began", style="bold red")
         raise typer.Exit(INTERRUPTED) from None
@@ -123,7 +124,8 @@ def _execute(load: Callable[[], Any], strict: bool, json_file: Path | None, opti
         raise typer.Exit(FAILED_ROWS)
 
 
-def _refuse(error: ConfigError) -> NoReturn:
+def refuse(error: ConfigError) -> NoReturn:
+    """Say what the user has to change, and exit."""
     for line in str(error).splitlines():
         Console(stderr=True).print(Text.assemble(("refused: ", "bold red"), line), soft_wrap=True)
     raise typer.Exit(REFUSED) from None
@@ -138,63 +140,7 @@ def _show(facts: list[tuple[str, str]]) -> None:
     Console().print(grid)
 
 
-@app.command()
-def bench(
-    what: Annotated[str, typer.Argument(help="Workloads (W1,W5:500,W4x8,W1@1), a job file, or a table.")] = "W1,W5",
-    model: Annotated[str | None, typer.Option(help="Folder, hub id or .gguf; of a job file: its own.")] = None,
-    engines: Annotated[str | None, typer.Option(help="Of rayinfer,vllm,transformers; default: installed ones.")] = None,
-    column: Annotated[str, typer.Option(help="Column of the table that holds the prompts.")] = "prompt",
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate for each row of the table.")] = 128,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows of the table or job.")] = None,
-    random_weights: Annotated[bool, typer.Option("--random-weights", help="MODEL needs only a config.json.")] = False,
-    engine_kwargs: Annotated[str, typer.Option(help="More settings of rayinfer's engine, as JSON.")] = "{}",
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds for one engine.")] = 1800.0,
-    json_file: Annotated[Path, typer.Option("--json", help="The report.")] = Path("bench.json"),
-    plot: Annotated[Path, typer.Option(help="The picture.")] = Path("bench.png"),
-) -> None:
-    """Time rayinfer and its peers on the same rows, and say what the device would allow.
-
-    Every row generates a fixed number of tokens. Exit codes: 0; 1 an engine did not end well; 2 refused.
-    """
-    from rayinfer.bench import report as timing
-
-    console = Console()
-    _Stopper()
-    try:
-        kwargs = json.loads(engine_kwargs)
-        if not isinstance(kwargs, dict):
-            raise ConfigError(f"--engine-kwargs: want a JSON object, not {engine_kwargs}")
-        if random_weights:
-            kwargs["load_format"] = "dummy"
-        chosen = timing.choose_engines(engines)
-        options: dict[str, Any] = {"column": column, "max_tokens": max_tokens, "limit": limit, "engine_kwargs": kwargs}
-        planned = timing.plan(what, model, **options)
-        planned.engines, planned.timeout = chosen, timeout
-        report = timing.run(planned, lambda text: console.print(Text(text, style="dim")))
-    except json.JSONDecodeError as error:
-        _refuse(ConfigError(f"--engine-kwargs: not JSON: {error}"))
-    except KeyboardInterrupt:
-        raise typer.Exit(INTERRUPTED) from None
-    except ConfigError as error:
-        _refuse(error)
-    for header, rows in timing.tables(report):
-        table = Table(*header, show_lines=False)
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-    if report["ceilings"]:
-        peak, bandwidth = report["ceilings"]["flops"] / 1e12, report["ceilings"]["bandwidth"] / 1e12
-        source = report["ceilings"]["source"]
-        console.print(Text(f"bounds from {peak:.4g} TFLOP/s and {bandwidth:.3g} TB/s, {source}"), soft_wrap=True)
-    json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    try:
-        timing.plot(report, plot)
-    except ImportError:
-        console.print(Text("no picture: it needs matplotlib, pip install 'rayinfer[bench]'"))
-    for note in report["notes"]:
-        Console(stderr=True).print(Text(note, style="yellow"), soft_wrap=True)
-    if any(name not in one["engines"] for one in report["workloads"] for name in chosen):
-        raise typer.Exit(INCOMPLETE)
+app.command()(bench)
 
 
 @app.command()
@@ -210,7 +156,7 @@ def doctor() -> None:
     console.print(Text("ready" if not missing else "ready, without what is missing", style="bold green"))
 
 
-class _Stopper:
+class Stopper:
     """Ctrl-C and SIGTERM: the first stops the run, what comes while it stops is ignored, the third ends the process."""
 
     def __init__(self) -> None:
