@@ -13,7 +13,7 @@ PYTEST_ARGS ?=
 MARKERS ?= not gpu and not long
 # These start Ray jobs, or many processes: each has the machine for itself, because two at once take four times as long.
 JOBS := tests/engine/test_engine_process.py notebooks \
-	$(addprefix tests/processors/, test_ray.py test_scale.py test_engine_pool.py) \
+	$(addprefix tests/processors/, test_ray.py test_scale.py test_engine_pool.py test_functions.py) \
 	$(addprefix tests/pipelines/, test_run.py test_resume.py test_cli.py test_bench.py test_faults.py)
 PYTEST = $(TEST_ENV) $(BIN)/python -m pytest -m "$(MARKERS)" $(PYTEST_ARGS)
 # One torch thread for each test process: two of them share the machine with Ray's workers, which would starve beside

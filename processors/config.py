@@ -53,6 +53,9 @@ class EngineProcessorConfig(BaseModel):
         str | None,
         Field(min_length=1, description="processors of a job that name the same pool share its engines"),
     ] = None
+    function_timeout_s: Annotated[
+        float, Field(gt=0, description="seconds that preprocess or postprocess may take for one row, before it fails")
+    ] = 600.0
     on_error: Annotated[
         Literal["record", "raise"],
         Field(description="record: a failed row has error_type; raise: it stops the job"),

@@ -14,9 +14,10 @@ from rayinfer.config import EngineConfig
 from rayinfer.errors import ConfigError
 from rayinfer.processors.config import Concurrency, EngineProcessorConfig, bounds
 from rayinfer.processors.engine_pool import Membership, SharedProcessor
+from rayinfer.processors.functions import RowFunction
 from rayinfer.processors.llm_processor import LLMProcessor
 from rayinfer.processors.ray_compat import bear_slow_engines, cluster_resources, map_blocks
-from rayinfer.processors.stages import Prepare, RowFunction, finish
+from rayinfer.processors.stages import Prepare, finish
 
 
 def build_processor(
@@ -35,6 +36,8 @@ def build_processor(
         postprocess: takes a row with all columns, those added by preprocess and the outputs, and returns the row of
             the result, to which `error_type`, `error_stage` and `error_message` are appended. A failed row comes with
             its outputs None. Without it the result has all columns.
+            Both may be called again for a row, when a process is lost. A row fails with which they take over
+            `function_timeout_s`, or end their process.
         preprocess_map_kwargs, postprocess_map_kwargs: for `map_batches` of these two stages: num_cpus, memory,
             concurrency and the like.
         stats_actor: handle of a StatsBoard that engines report to.
@@ -93,6 +96,7 @@ class Processor:
                 "sampling_params": config.sampling_params,
                 "batch_size": batch_size,
                 "on_error": config.on_error,
+                "seconds": config.function_timeout_s,
                 **template,
             },
             batch_size=4 * batch_size,
@@ -136,7 +140,11 @@ class Processor:
             finish_kwargs["compute"] = TaskPoolStrategy(size=bounds(finish_kwargs.pop("concurrency"))[1])
         dataset = dataset.map_batches(
             cast(Any, finish),
-            fn_kwargs={"postprocess": self.postprocess, "on_error": config.on_error},
+            fn_kwargs={
+                "postprocess": self.postprocess,
+                "on_error": config.on_error,
+                "seconds": config.function_timeout_s,
+            },
             batch_size=None,  # each block when it comes: rows that wait for others to fill a batch may wait for long
             batch_format="pyarrow",
             **finish_kwargs,

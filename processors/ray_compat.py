@@ -114,6 +114,11 @@ def is_dead(actor_id: str) -> bool:
     return ray._private.state.state.actor_table(actor_id).get("State", "DEAD") == "DEAD"
 
 
+def in_task() -> bool:
+    """Whether this process is a worker that runs a task or a call of an actor."""
+    return ray.is_initialized() and ray.get_runtime_context().get_task_id() is not None
+
+
 def task_attempt() -> int:
     """1 in a task's first run, 2 when Ray runs it again after a worker or node was lost; 1 outside of Ray."""
     if not ray.is_initialized():

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from rayinfer.config import EngineConfig
-from rayinfer.errors import ErrorType, RowError, Stage, describe
+from rayinfer.errors import RowError, Stage, describe
 from rayinfer.processors import columns as col
+from rayinfer.processors.functions import RowFunction, call_all, failed, utf8
 from rayinfer.processors.llm_processor import INPUTS, sampling_defaults, with_defaults
 from rayinfer.processors.ray_compat import take_rows
 from rayinfer.sampling import SamplingParams
 
 PREFIX_TOKENS = 4096  # of a prompt are compared
-RowFunction = Callable[[dict[str, Any]], Mapping[str, Any]]
 
 
 class Prepare:
@@ -35,6 +35,7 @@ class Prepare:
         chat_template_kwargs: Mapping[str, Any],
         batch_size: int,
         on_error: str,
+        seconds: float = 600.0,
     ):
         from rayinfer.chat import ControlTokens
         from rayinfer.inputs import InputProcessor
@@ -46,7 +47,7 @@ class Prepare:
             renders.control_tokens = ControlTokens(self._inputs.tokenizer)
         self._defaults = sampling_defaults(sampling_params)
         self._batch_size = batch_size
-        self._on_error = on_error
+        self._on_error, self._seconds = on_error, seconds
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         table = self._encode(table)
@@ -59,15 +60,19 @@ class Prepare:
     def _encode(self, table: pa.Table) -> pa.Table:
         table = col.without(table, col.HIDDEN)
         rows = table.to_pylist()
-        packed: list[bytes | None] = []
+        packed: list[bytes | None] = [None] * len(rows)
         asked: dict[int, Mapping[str, Any]] = {}
-        results: dict[int, Any] = {}  # EncodedRow or RowError
-        for index, row in enumerate(rows):
-            packed.append(None)
+        # EncodedRow or RowError, at first those of a processor before this one
+        results: dict[int, Any] = {i: error for i, row in enumerate(rows) if (error := col.error_of(row)) is not None}
+        left = {index: row for index, row in enumerate(rows) if index not in results}
+        added: list[Any] = [{}] * len(left)
+        if self._preprocess is not None:
+            added = call_all(self._preprocess, list(left.values()), Stage.PREPROCESS, self._seconds)
+        for (index, row), new in zip(left.items(), added, strict=True):
             try:
-                if (earlier := col.error_of(row)) is not None:  # of a processor before this one
-                    raise earlier
-                new, packed[index] = self._added(row)
+                if isinstance(new, RowError):
+                    raise new
+                packed[index] = _packed(row, new) if new else None
                 asked[index] = self._request(row, new)
             except RowError as error:
                 results[index] = error
@@ -87,23 +92,6 @@ class Prepare:
             arrays[col.ROW] = pa.array(packed, pa.binary())
         return col.with_columns(table, arrays)
 
-    def _added(self, row: Mapping[str, Any]) -> tuple[dict[str, Any], bytes | None]:
-        """What the user's function makes of a row, and that packed. Raises RowError."""
-        if self._preprocess is None:
-            return {}, None
-        try:
-            new = self._preprocess(dict(row))
-            if isinstance(new, Mapping):
-                new = _named(new)
-                return new, col.pack(new)
-            problem = f"returned {type(new).__name__}, want a dict"
-        except RowError as error:  # the function says itself what is wrong with the row
-            error.stage = error.stage or Stage.PREPROCESS
-            raise
-        except (Exception, SystemExit) as error:  # what it returned may not pickle
-            problem = f"raised {describe(error, row)}"
-        raise RowError(ErrorType.PREPROCESS_ERROR, f"preprocess {problem}", Stage.PREPROCESS)
-
     def _request(self, row: Mapping[str, Any], new: Mapping[str, Any]) -> Mapping[str, Any]:
         """The input columns of a row; a prompt of whatever kind made by preprocess hides those of the table."""
         inputs = new if any(key in new for key in INPUTS) else row
@@ -116,12 +104,11 @@ class Prepare:
         return with_defaults({**request, "sampling_params": own}, self._defaults)
 
 
-def _named(row: Mapping[Any, Any]) -> dict[str, Any]:
-    """A row that a user's function returned. Raises TypeError for keys that cannot name a column."""
-    for name in row:
-        if not isinstance(name, str) or _utf8(name) != name:
-            raise TypeError("it returned a key that names no column: want strings that can be written as UTF-8")
-    return dict(row)
+def _packed(row: Mapping[str, Any], new: Mapping[str, Any]) -> bytes:
+    try:
+        return col.pack(new)
+    except Exception as error:
+        raise failed(Stage.PREPROCESS, f"raised {describe(error, row)}") from None
 
 
 def by_prefix(token_ids: pa.ChunkedArray) -> list[int]:
@@ -132,7 +119,7 @@ def by_prefix(token_ids: pa.ChunkedArray) -> list[int]:
     return sorted(range(len(keys)), key=keys.__getitem__)
 
 
-def finish(table: pa.Table, postprocess: RowFunction | None, on_error: str) -> pa.Table:
+def finish(table: pa.Table, postprocess: RowFunction | None, on_error: str, seconds: float = 600.0) -> pa.Table:
     """Unpack what preprocess added, call postprocess, and give good and failed rows the same columns."""
     added = None
     if col.ROW in table.column_names:
@@ -146,26 +133,21 @@ def finish(table: pa.Table, postprocess: RowFunction | None, on_error: str) -> p
         row.update({key: value for key, value in new.items() if key not in outputs})
     results: list[Mapping[str, Any] | None] = []
     errors: list[RowError | None] = []
-    for index, row in enumerate(rows):
+    for index, result in enumerate(call_all(postprocess, rows, Stage.POSTPROCESS, seconds)):
+        row = rows[index]
         error = col.error_of(row)
-        failed = error is not None
-        result: Any = None
-        try:
-            result = postprocess(dict(row))
-            if not isinstance(result, Mapping):
-                raise TypeError(f"it returned {type(result).__name__}, want a dict")
-            result = _named(result)
-        except (Exception, SystemExit) as problem:  # the user's code raises what it likes
-            result = None
-            text = f"postprocess raised {describe(problem, row)}"
-            error = error or RowError(ErrorType.POSTPROCESS_ERROR, text, Stage.POSTPROCESS)
-            row.update(col.error_values(error, ""))
-        if error is not None and not failed and on_error == "raise":
-            col.raise_row(error, row, index)
-        results.append(result)
+        if isinstance(result, RowError):
+            if error is None and on_error == "raise":
+                col.raise_row(result, row, index)
+            error = error or result
+            row.update(col.error_values(error, Stage.ENCODE))
+        results.append(None if isinstance(result, RowError) else result)
         errors.append(error)
     replaced = {name for new in added or [] for name in new if name not in outputs}
-    return _result_table(table, rows, replaced, results, errors, postprocess)
+    sample: Any = {}
+    if all(error is not None for error in errors):
+        (sample,) = call_all(postprocess, [_good(rows[0])], Stage.POSTPROCESS, seconds)
+    return _result_table(table, rows, replaced, results, errors, {} if isinstance(sample, RowError) else sample)
 
 
 def _with_added(table: pa.Table, added: Sequence[Mapping[str, Any]], outputs: Sequence[str]) -> pa.Table:
@@ -184,13 +166,12 @@ def _result_table(
     replaced: set[str],
     results: Sequence[Mapping[str, Any] | None],
     errors: Sequence[RowError | None],
-    postprocess: RowFunction,
+    sample: Mapping[str, Any],
 ) -> pa.Table:
     """The columns that postprocess returned. A failed row that it could not take keeps those of its own columns that
-    have these names; the rest of it is null."""
+    have these names; the rest of it is null. `sample`: what it would return for a good row, if there is none."""
     good = [result for result, error in zip(results, errors, strict=True) if result is not None and error is None]
     shape = good or [result for result in results if result is not None]
-    sample = _probe(rows[0], postprocess) if not good else {}
     names = list(dict.fromkeys(name for result in [*shape, sample] for name in result)) or table.column_names
     arrays: dict[str, Any] = {}
     for name in names:
@@ -213,18 +194,14 @@ def _result_table(
     return pa.table(arrays)
 
 
-def _probe(row: Mapping[str, Any], postprocess: RowFunction) -> Mapping[str, Any]:
-    """What postprocess returns for the row with empty outputs: the columns, and their types, of a good row.
+def _good(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with empty outputs. What postprocess makes of it has the columns, and their types, of a good row.
 
     Only for a block in which every row failed, whose columns would otherwise have no type.
     """
     empty = {"generated_text": "", "generated_tokens": [0], "finish_reason": "stop"}
     counts = dict.fromkeys(("num_input_tokens", "num_generated_tokens", "num_cached_tokens"), 0)
-    try:
-        result = postprocess({**row, **empty, **counts, **dict.fromkeys(col.ERROR_COLUMNS)})
-    except Exception:
-        return {}
-    return result if isinstance(result, Mapping) else {}
+    return {**row, **empty, **counts, **dict.fromkeys(col.ERROR_COLUMNS)}
 
 
 _INPUT_TYPES = {
@@ -260,15 +237,7 @@ def _fit(name: str, value: Any) -> Any:
 
 
 def _text(value: Any) -> str:
-    return _utf8(value if isinstance(value, str) else json.dumps(value))
-
-
-def _utf8(value: Any) -> str:
-    """Text that Arrow can take: a string may hold halves of surrogate pairs, an object refuse to be printed."""
-    try:
-        return str(value).encode(errors="backslashreplace").decode()
-    except Exception:
-        return f"<{type(value).__name__}>"
+    return utf8(value if isinstance(value, str) else json.dumps(value))
 
 
 def to_array(values: Sequence[Any], like: Sequence[Any] | None = None) -> pa.Array:
@@ -284,4 +253,4 @@ def to_array(values: Sequence[Any], like: Sequence[Any] | None = None) -> pa.Arr
             array = array.cast(pa.array(like).type)
         return array
     except Exception:  # beside Arrow's own errors: numbers that are too large, surrogates, what a user's object raises
-        return pa.array([None if value is None else _utf8(value) for value in values], pa.string())
+        return pa.array([None if value is None else utf8(value) for value in values], pa.string())
