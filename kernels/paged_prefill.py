@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from rayinfer.kernels.hopper_prefill import hopper_prefill, takes
 from rayinfer.kernels.paged_tiles import FLOOR, attend_tiles, check_cache
 
 
@@ -126,6 +127,9 @@ def paged_prefill(
     out_THD = torch.empty_like(q_THD) if out_THD is None else out_THD
     if num_rows == 0 or max_query_len == 0:
         return out_THD
+    if not fixed and group <= 64 and takes(q_THD, sliding_window, softcap):
+        inputs = (q_THD, k_NSKD, v_NSKD, block_table_RP, seq_lens_R, query_start_R1)
+        return hopper_prefill(*inputs, max_query_len=max_query_len, scale=scale, out_THD=out_THD)
     block_d = max(16, triton.next_power_of_2(head_dim))
     shape = _launch_shape(block_d, q_THD.element_size(), group, max_query_len, fixed)
     block_m, block_n, num_warps, num_stages = shape

@@ -45,5 +45,5 @@ def test_kernels_compile(target, tmp_path):
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
     records = json.loads(figures.read_text())[target]
-    assert {r["kernel"] for r in records} == KERNELS
+    assert {r["kernel"] for r in records} == KERNELS | ({"_hopper_prefill_kernel"} if target == "cuda" else set())
     assert all(0 < r["registers"] <= 512 and r["shared"] <= 227 * 1024 for r in records)

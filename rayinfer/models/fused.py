@@ -1,8 +1,9 @@
 """Fused decoders for structures we know: Llama, Mistral, Qwen2, Qwen3 and Gemma 3 (text).
 
 A decoder is swapped only if its class is exactly one of FUSED, so nothing unknown is swapped by accident. What changes:
-QKV and gate+up are one product each, every add is done with the norm after it, and q/k norm, rotary and KV write are
-one operation. The CausalLM around it stays transformers'. Shapes: T tokens, C channels, M positions, R rotary size.
+QKV and gate+up are one product each, a block's last product adds to the stream itself (or, if a norm is between, the
+next norm does), and q/k norm, rotary and KV write are one operation. The CausalLM around it stays transformers'.
+Shapes: T tokens, C channels, M positions, R rotary size.
 """
 
 from __future__ import annotations
@@ -42,15 +43,15 @@ class Norm(nn.Module):
     def forward(self, x_TC: torch.Tensor) -> torch.Tensor:
         return self.ops.rms_norm(x_TC, self.weight, self.eps, gemma=self.gemma)
 
-    def add(self, x_TC: torch.Tensor, residual_TC: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (norm(x + residual), x + residual); without a residual, (norm(x), x)."""
-        if residual_TC is None:
-            return self(x_TC), x_TC
-        return self.ops.add_rms_norm(x_TC, residual_TC, self.weight, self.eps, gemma=self.gemma)
+    def add(self, x_TC: torch.Tensor | None, stream_TC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (norm(x + stream), x + stream); without an x, (norm(stream), stream)."""
+        if x_TC is None:
+            return self(stream_TC), stream_TC
+        return self.ops.add_rms_norm(x_TC, stream_TC, self.weight, self.eps, gemma=self.gemma)
 
 
 class FusedAttention(nn.Module):
-    """Merged QKV, fused q/k norm + rotary + KV write, paged attention, output product."""
+    """Merged QKV, fused q/k norm + rotary + KV write, paged attention; `out` is the product after it."""
 
     def __init__(self, attention: Any, gemma: bool):
         super().__init__()
@@ -76,12 +77,12 @@ class FusedAttention(nn.Module):
             **norms,
         )  # fmt: skip
         if outputs is not None:
-            return self.out(paged.attend(q_THD[outputs.index_L], outputs.meta).flatten(1))
-        return self.out(paged.attend(q_THD, paged.meta).flatten(1))
+            return paged.attend(q_THD[outputs.index_L], outputs.meta).flatten(1)
+        return paged.attend(q_THD, paged.meta).flatten(1)
 
 
 class FusedMLP(nn.Module):
-    """Merged gate+up, act * mul, down."""
+    """Merged gate+up, act * mul; `down` is the product after it."""
 
     def __init__(self, mlp: Any, kind: str):
         super().__init__()
@@ -91,7 +92,7 @@ class FusedMLP(nn.Module):
         self.ops = get_ops(self.down.weight.device)
 
     def forward(self, x_TC: torch.Tensor) -> torch.Tensor:
-        return self.down(self.ops.act_mul(self.gate_up(x_TC), self.kind))
+        return self.ops.act_mul(self.gate_up(x_TC), self.kind)
 
 
 class FusedLayer(nn.Module):
@@ -111,24 +112,28 @@ class FusedLayer(nn.Module):
             self.pre_mlp = Norm(layer.post_attention_layernorm, gemma)
 
     def forward(
-        self, x_TC: torch.Tensor, residual_TC: torch.Tensor | None, cos_MR: torch.Tensor, sin_MR: torch.Tensor,
+        self, x_TC: torch.Tensor | None, stream_TC: torch.Tensor, cos_MR: torch.Tensor, sin_MR: torch.Tensor,
         outputs: StepOutputs | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        """Take and return (what the last block gave, the stream it is still to be added to).
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:  # fmt: skip
+        """Take and return (what the last block gave, the stream it is still to be added to); None if it was added.
 
         With `outputs`, keys and values of all tokens are written, and the rest is done for the tokens it names alone.
+        The stream may be written to.
         """
-        x_TC, residual_TC = self.pre_attention.add(x_TC, residual_TC)
+        x_TC, stream_TC = self.pre_attention.add(x_TC, stream_TC)
         x_TC = self.attention(x_TC, cos_MR, sin_MR, outputs)
         if outputs is not None:
-            residual_TC = residual_TC[outputs.index_L]
-        if self.post_attention is not None:
-            x_TC = self.post_attention(x_TC)
-        x_TC, residual_TC = self.pre_mlp.add(x_TC, residual_TC)
-        x_TC = self.mlp(x_TC)
-        if self.post_mlp is not None:
-            x_TC = self.post_mlp(x_TC)
-        return x_TC, residual_TC
+            stream_TC = stream_TC[outputs.index_L]
+        x_TC, stream_TC = _end_block(self.attention.out, x_TC, self.post_attention, stream_TC)
+        x_TC, stream_TC = self.pre_mlp.add(x_TC, stream_TC)
+        return _end_block(self.mlp.down, self.mlp(x_TC), self.post_mlp, stream_TC)
+
+
+def _end_block(
+    product: Linear, x_TI: torch.Tensor, norm: Norm | None, stream_TC: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """What `FusedLayer.forward` returns, of a block whose last product and norm after it are given."""
+    return (None, product(x_TI, stream_TC)) if norm is None else (norm(product(x_TI)), stream_TC)
 
 
 class FusedDecoder(nn.Module):
@@ -159,13 +164,13 @@ class FusedDecoder(nn.Module):
 
         With `StepMeta.outputs`, [1, L, C]: nothing reads what the last layer makes of the other tokens but their KV.
         """
-        x_TC = self.embed_tokens(input_ids[0]) if inputs_embeds is None else inputs_embeds[0]  # type: ignore[index]
-        residual_TC = None
+        stream_TC = self.embed_tokens(input_ids[0]) if inputs_embeds is None else inputs_embeds[0].clone()  # type: ignore[index]
+        x_TC = None
         *layers, last = zip(self.layers, self._tables, strict=True)
         for layer, (cos_MR, sin_MR) in layers:
-            x_TC, residual_TC = layer(x_TC, residual_TC, cos_MR, sin_MR)
-        x_TC, residual_TC = last[0](x_TC, residual_TC, *last[1], self._paged.meta.outputs)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm.add(x_TC, residual_TC)[0][None])
+            x_TC, stream_TC = layer(x_TC, stream_TC, cos_MR, sin_MR)
+        x_TC, stream_TC = last[0](x_TC, stream_TC, *last[1], self._paged.meta.outputs)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm.add(x_TC, stream_TC)[0][None])
 
 
 def _rotary_tables(base: Any, kind: str, num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:

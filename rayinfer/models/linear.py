@@ -13,24 +13,29 @@ from torch.nn import functional as F
 class LinearMethod(Protocol):
     """How a `Linear` is computed: unquantized here; FP8, W4A16 and LoRA are other methods."""
 
-    def apply(self, layer: Linear, x_TI: torch.Tensor) -> torch.Tensor:
-        """Return [T, O]; for x of [1, T, I] (the output layer's), [1, T, O]."""
+    def apply(self, layer: Linear, x_TI: torch.Tensor, onto_TO: torch.Tensor | None = None) -> torch.Tensor:
+        """Return [T, O]; for x of [1, T, I] (the output layer's), [1, T, O]. Or add it to `onto`, which may change."""
 
 
 class Unquantized:
     """y = x W^T + b in the weights' dtype."""
 
-    def apply(self, layer: Linear, x_TI: torch.Tensor) -> torch.Tensor:
-        return F.linear(x_TI, layer.weight, layer.bias)
+    def apply(self, layer: Linear, x_TI: torch.Tensor, onto_TO: torch.Tensor | None = None) -> torch.Tensor:
+        if onto_TO is None:
+            return F.linear(x_TI, layer.weight, layer.bias)
+        if x_TI.is_cuda and layer.bias is None:  # the product reads and writes `onto` itself: two passes fewer
+            return onto_TO.addmm_(x_TI, layer.weight.t())
+        return onto_TO + F.linear(x_TI, layer.weight, layer.bias)
 
 
 class FixedOrder:
     """The same by a kernel that sums in one order: a row's result does not depend on the batch that it is in."""
 
-    def apply(self, layer: Linear, x_TI: torch.Tensor) -> torch.Tensor:
+    def apply(self, layer: Linear, x_TI: torch.Tensor, onto_TO: torch.Tensor | None = None) -> torch.Tensor:
         from rayinfer.kernels.matmul import matmul
 
-        return matmul(x_TI.flatten(0, -2), layer.weight, layer.bias).unflatten(0, x_TI.shape[:-1])
+        out_TO = matmul(x_TI.flatten(0, -2), layer.weight, layer.bias).unflatten(0, x_TI.shape[:-1])
+        return out_TO if onto_TO is None else onto_TO.add_(out_TO)
 
 
 class Linear(nn.Module):
@@ -54,5 +59,5 @@ class Linear(nn.Module):
             part.weight = part.bias = None  # type: ignore[assignment]
         return cls(weight, bias)
 
-    def forward(self, x_TI: torch.Tensor) -> torch.Tensor:
-        return self.method.apply(self, x_TI)
+    def forward(self, x_TI: torch.Tensor, onto_TO: torch.Tensor | None = None) -> torch.Tensor:
+        return self.method.apply(self, x_TI, onto_TO)

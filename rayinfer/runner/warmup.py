@@ -16,7 +16,7 @@ from rayinfer.groups import MAX_NUM_GROUPS
 if TYPE_CHECKING:
     from rayinfer.runner.runner import Runner
 
-LONG_CHUNK = 2048  # prompt chunks of this many tokens have tiles of their own
+LONG_CHUNK = 2048  # prompt chunks, and rows, of this many tokens have tiles of their own
 
 
 def warm_up(runner: Runner) -> None:
@@ -26,7 +26,9 @@ def warm_up(runner: Runner) -> None:
         cache = runner.decode.allocate(spec, 2, runner.block_size, runner.model.dtype, runner.device)
         one = _meta(runner, num_decodes=0, max_query_len=1)
         calls += [partial(_attend, runner.prefill.prefill, spec, cache, one)]
-        calls += [partial(_attend, runner.prefill.prefill, spec, cache, replace(one, max_query_len=LONG_CHUNK))]
+        wide_RP = one.block_table_RP.repeat(1, -(-LONG_CHUNK // runner.block_size))
+        long = replace(one, max_query_len=LONG_CHUNK, block_table_RP=wide_RP)
+        calls += [partial(_attend, runner.prefill.prefill, spec, cache, long)]
         decode = _meta(runner, num_decodes=2, max_query_len=1)
         calls += [partial(_attend, runner.decode.decode, spec, cache, decode)]
         if spec.sliding_window is None:

@@ -69,7 +69,7 @@ def test_attention_block(pair):
         x, (cos, sin), mask = pair.inputs(i)
         expected = layer.self_attn(x, position_embeddings=(cos, sin), attention_mask=mask)[0]
         swapped = FusedAttention(pair.layers[i].self_attn, pair.gemma)
-        torch.testing.assert_close(swapped(x[0], cos[0], sin[0]), expected[0], rtol=1e-5, atol=2e-6)
+        torch.testing.assert_close(swapped.out(swapped(x[0], cos[0], sin[0])), expected[0], rtol=1e-5, atol=2e-6)
 
 
 @torch.inference_mode()
@@ -77,20 +77,21 @@ def test_mlp_block(pair):
     x, _, _ = pair.inputs(0)
     expected = pair.decoder.layers[0].mlp(x)
     swapped = FusedMLP(pair.layers[0].mlp, pair.kind)
-    torch.testing.assert_close(swapped(x[0]), expected[0], rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(swapped.down(swapped(x[0])), expected[0], rtol=1e-5, atol=2e-6)
 
 
 @torch.inference_mode()
 def test_decoder_layer(pair):
-    """With a residual that is still to be added, and without one (the first layer)."""
+    """With something that is still to be added to the stream, and without."""
     for i, layer in enumerate(pair.decoder.layers):
         x, (cos, sin), mask = pair.inputs(i)
         expected = layer(x, position_embeddings=(cos, sin), attention_mask=mask)[0]
         swapped = FusedLayer(pair.layers[i], pair.gemma, pair.kind)
         part = torch.randn(T, pair.config.hidden_size)
-        for block_out, residual in ((x[0], None), (part, x[0] - part)):
-            last, stream = swapped(block_out, residual, cos[0], sin[0])
-            torch.testing.assert_close(last + stream, expected, rtol=1e-5, atol=1e-5)
+        for block_out, stream in ((None, x[0].clone()), (part, x[0] - part)):
+            last, stream = swapped(block_out, stream, cos[0], sin[0])
+            assert (last is None) is not pair.gemma
+            torch.testing.assert_close(stream if last is None else last + stream, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_merge_keeps_bias_and_frees_the_parts():
