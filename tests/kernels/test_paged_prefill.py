@@ -69,3 +69,10 @@ def test_token_major_cache(dtype, device):
 
 def test_large_group(device):
     _check([(5, 20)], 32, 1, 16, 16, torch.float32, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(32, 8, 128), (9, 3, 64), (14, 2, 64), (4, 4, 128)])
+def test_long_rows(heads, kv_heads, dim, dtype, device):
+    """Many KV tiles a row and many query tiles: on a Hopper GPU, a pipeline of its own for 16-bit types."""
+    _check([(300, 701), (0, 0), (513, 0), (1, 400), (129, 1024)], heads, kv_heads, dim, 16, dtype, device, slack=70)
