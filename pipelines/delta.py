@@ -79,9 +79,7 @@ def data_files(uri: str, version: int | None) -> list[str]:
         raise ConfigError(f"source.uri = {uri!r}: cannot be read as a Delta table: {text}") from None
     if reasons := [name for name, there in has.items() if there]:
         uses = " and ".join(reasons)
-        raise ConfigError(
-            f"source.uri = {uri!r}: a Delta table with {uses}, which are not read yet; write it as Parquet"
-        )
+        raise ConfigError(f"source.uri = {uri!r}: a Delta table with {uses}, not read yet; write it as Parquet")
     return table.file_uris()
 
 

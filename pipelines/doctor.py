@@ -39,9 +39,8 @@ def examine() -> tuple[list[tuple[str, str]], list[str]]:
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             free, total = torch.cuda.mem_get_info(index)
-            facts.append(
-                (f"GPU {index}", f"{torch.cuda.get_device_name(index)}, {_gib(free)} GiB free of {_gib(total)}")
-            )
+            name = torch.cuda.get_device_name(index)
+            facts.append((f"GPU {index}", f"{name}, {_gib(free)} GiB free of {_gib(total)}"))
     else:
         facts.append(("GPU", f"none that torch {torch.__version__} can use; engines run on the CPU"))
     return facts, missing

@@ -76,10 +76,8 @@ def _model_files(source: str) -> dict[str, str]:
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """A line for each field that differs, with both values."""
-    names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
-    lines = [
-        f"{name}: {_show(old.get(name), new.get(name))} -> {_show(new.get(name), old.get(name))}" for name in names
-    ]
+    pairs = {name: (old.get(name), new.get(name)) for name in sorted({*old, *new})}
+    lines = [f"{name}: {_show(a, b)} -> {_show(b, a)}" for name, (a, b) in pairs.items() if a != b]
     return lines[:MAX_SHOWN] + ([f"and {len(lines) - MAX_SHOWN} more"] if len(lines) > MAX_SHOWN else [])
 
 

@@ -63,9 +63,8 @@ def find_duplicate(batches: Callable[[], Iterator[list[str]]], digest: KeyDigest
         files = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(_NUM_PARTITIONS)]
         for keys in batches():
             hashes = np.sort(digest.add(keys))
-            bounds = np.searchsorted(
-                hashes, np.arange(_NUM_PARTITIONS, dtype=np.uint64) * np.uint64(2**64 // _NUM_PARTITIONS)
-            )
+            firsts = np.arange(_NUM_PARTITIONS, dtype=np.uint64) * np.uint64(2**64 // _NUM_PARTITIONS)
+            bounds = np.searchsorted(hashes, firsts)
             for file, some in zip(files, np.split(hashes, bounds[1:]), strict=True):
                 file.write(some.tobytes())
         for file in files:

@@ -109,9 +109,8 @@ def print_report(console: Console, result: JobResult) -> None:
         grid.add_row("speed", f"{rows:,.1f} rows/s, {tokens_in:,.0f} tokens/s in, {tokens_out:,.0f} out")
     stages = ", ".join(f"{_STAGES[key]} {seconds:.1f}s" for key, seconds in result.seconds.items())
     grid.add_row("time", f"{clock(sum(result.seconds.values()))}: {stages}")
-    size = (
-        f"{result.num_bytes / 2**20:,.1f} MiB" if result.num_bytes >= 2**20 else f"{result.num_bytes / 2**10:.0f} KiB"
-    )
+    num_bytes = result.num_bytes
+    size = f"{num_bytes / 2**20:,.1f} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:.0f} KiB"
     parts = f"{result.num_parts:,} part{'s' * (result.num_parts != 1)}, {size}"
     grid.add_row("table", f"{result.output} ({parts})")
     console.print(grid)

@@ -35,11 +35,14 @@ SAMPLES_PER_PART = 3
 SAMPLE_CHARS = 400
 
 # What the engine adds to every row, good or bad; log-probabilities only if the job asks for them.
-RESULTS = (
-    *("generated_text", "finish_reason", "num_input_tokens", "num_generated_tokens", "num_cached_tokens"),
-    *ERROR_COLUMNS,
-    "attempts",
+RESULTS: tuple[str, ...] = (
+    "generated_text",
+    "finish_reason",
+    "num_input_tokens",
+    "num_generated_tokens",
+    "num_cached_tokens",
 )
+RESULTS += (*ERROR_COLUMNS, "attempts")
 
 
 class PartWriter:

@@ -192,13 +192,9 @@ def list_source(spec: SourceSpec) -> Listing:
     if spec.format == "delta":
         format, chosen = "parquet", _delta_files(spec, fs)
     elif spec.version is not None:
-        raise ConfigError(
-            f"source.version = {spec.version}: only Delta tables have versions; set source.format to delta"
-        )
+        raise ConfigError(f"source.version = {spec.version}: only Delta tables have one; set source.format to delta")
     elif spec.format == "auto" and root == path.rstrip("/") and fs.exists(f"{root}/_delta_log"):
-        raise ConfigError(
-            f"source.uri = {uri!r}: a Delta table; set source.format to delta, or to parquet for all files"
-        )
+        raise ConfigError(f"source.uri = {uri!r}: a Delta table; set source.format to delta, or parquet for all files")
     else:
         format, chosen = _choose_format(spec, sorted(infos))
     tags = {_relative(file, root): (infos[file]["size"] or 0, _tag(infos[file])) for file in chosen}
@@ -290,9 +286,7 @@ def _refuse_pickles(stream: Any) -> None:
     schema = base64.b64decode((pq.read_metadata(stream).metadata or {}).get(b"ARROW:schema", b""))
     for name in _PICKLED_TYPES:
         if name in schema:
-            raise ValueError(
-                f"a column of type {name.decode()!r} holds pickled Python objects; write it as plain types"
-            )
+            raise ValueError(f"a column of type {name.decode()!r} holds pickled Python objects; write plain types")
     stream.seek(0)
 
 

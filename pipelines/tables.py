@@ -94,9 +94,7 @@ class Table:
         """`files` by the names of the parts. Raises ConfigError if one is no part."""
         files = {} if table is None else {uri.rpartition("/")[2]: file for uri, file in self.files(table)}
         if other := [name for name in files if not part_ids([name])]:
-            raise ConfigError(
-                f"sink: the {self.sink.format} table holds {other[0]!r}, which no job wrote; name another"
-            )
+            raise ConfigError(f"sink: the {self.sink.format} table has {other[0]!r}, which no job wrote; name another")
         return files
 
     def sync(self, log: CommitLog, *, without: Iterable[str] = (), first: bool = False) -> None:

@@ -52,10 +52,7 @@ def _json_records(stream: Any) -> Iterator[tuple[dict[str, Any], str | None]]:
         try:
             value = json.loads(line.removeprefix(b"\xef\xbb\xbf"))
         except (ValueError, RecursionError) as error:
-            yield (
-                {},
-                f"{place} is not valid JSON: {error.msg if isinstance(error, json.JSONDecodeError) else 'bad text'}",
-            )
+            yield {}, f"{place} is not valid JSON: {getattr(error, 'msg', 'bad text')}"
             continue
         is_object = isinstance(value, dict)
         yield value if is_object else {}, None if is_object else f"{place} is a {type(value).__name__}, not an object"
@@ -87,9 +84,8 @@ def infer_type(values: list[Any], from_text: bool) -> pa.DataType:
     filled = pa.array([value for value in values if value], pa.string())
     if not len(filled):
         return pa.null()
-    return next(
-        (kind for form, kind in _NUMBERS if pc.all(pc.match_substring_regex(filled, form)).as_py()), pa.string()
-    )
+    fitting = (kind for form, kind in _NUMBERS if pc.all(pc.match_substring_regex(filled, form)).as_py())
+    return next(fitting, pa.string())
 
 
 def merge_types(a: pa.DataType, b: pa.DataType) -> pa.DataType:

@@ -14,20 +14,13 @@ import pyarrow as pa
 from rayinfer.errors import ErrorType, RowError, Stage
 from rayinfer.request import Logprob, RequestOutput
 
+ERROR_COLUMNS = ("error_type", "error_stage", "error_message")
+_TYPES = frozenset(map(str, ErrorType))
+
 # Between the stages. ROW holds, pickled, what the user's preprocess returned: Python values that Arrow would not keep.
 TOKEN_IDS, PARAMS, ROW = "__rayinfer_token_ids", "__rayinfer_params", "__rayinfer_row"
-FAILED_TYPE, FAILED_STAGE = "__rayinfer_error_type", "__rayinfer_error_stage"
-FAILED_MESSAGE = "__rayinfer_error_message"
-FAILED = FAILED_TYPE, FAILED_STAGE, FAILED_MESSAGE
-ENCODED = pa.schema(
-    [
-        (TOKEN_IDS, pa.list_(pa.int32())),
-        (PARAMS, pa.string()),
-        (FAILED_TYPE, pa.string()),
-        (FAILED_STAGE, pa.string()),
-        (FAILED_MESSAGE, pa.string()),
-    ]
-)
+FAILED = tuple(f"__rayinfer_{name}" for name in ERROR_COLUMNS)
+ENCODED = pa.schema([(TOKEN_IDS, pa.list_(pa.int32())), *((name, pa.string()) for name in (PARAMS, *FAILED))])
 HIDDEN = (*ENCODED.names, ROW)
 
 _LOGPROBS = pa.list_(
@@ -43,14 +36,10 @@ OUTPUT = pa.schema(
         ("finish_reason", pa.string()),
         ("logprobs", pa.list_(_LOGPROBS)),
         ("prompt_logprobs", pa.list_(_LOGPROBS)),
-        ("error_type", pa.string()),
-        ("error_stage", pa.string()),
-        ("error_message", pa.string()),
+        *((name, pa.string()) for name in ERROR_COLUMNS),
         ("attempts", pa.int32()),
     ]
 )
-ERROR_COLUMNS = ("error_type", "error_stage", "error_message")
-_TYPES = frozenset(map(str, ErrorType))
 WHEN_ASKED = ("logprobs", "prompt_logprobs")
 
 

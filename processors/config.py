@@ -26,40 +26,20 @@ class EngineProcessorConfig(BaseModel):
     model_source: Annotated[str, Field(description="local folder, hub id, or a single .gguf file")]
     engine_kwargs: Annotated[dict[str, Any], Field(description="fields of EngineConfig other than model")] = {}
     task_type: Annotated[Literal["generate"], Field(description="what the engine does with a row")] = "generate"
-    sampling_params: Annotated[
-        dict[str, Any] | SamplingParams, Field(description="for what a row's own sampling_params leave open")
-    ] = {}
+    sampling_params: Annotated[dict[str, Any] | SamplingParams, Field(description="for what a row's leave open")] = {}
     chat_template: Annotated[str | None, Field(description="Jinja2, instead of the tokenizer's own")] = None
     chat_template_kwargs: Annotated[dict[str, Any], Field(description="passed to the chat template")] = {}
-    batch_size: Annotated[
-        int | None, Field(ge=1, description="rows of one call to an engine; default: an eighth of max_num_seqs")
-    ] = None
-    max_concurrent_batches: Annotated[
-        int | None, Field(ge=1, description="calls at once in one engine; default: enough to keep it full")
-    ] = None
+    batch_size: Annotated[int | None, Field(ge=1, description="rows of a call; default: max_num_seqs / 8")] = None
+    max_concurrent_batches: Annotated[int | None, Field(ge=1, description="calls at once in one engine")] = None
     concurrency: Annotated[Concurrency, Field(description="engines: n, or (m, n) for a pool that grows")] = 1
-    tokenizer_concurrency: Annotated[
-        Concurrency, Field(description="CPU actors that run preprocess, chat template and tokenizer: n, or (m, n)")
-    ] = 1
-    num_gpus: Annotated[
-        float | None, Field(ge=0, description="GPUs of one engine; default: 1 if the cluster has GPUs, else 0")
-    ] = None
-    num_cpus: Annotated[
-        float | None, Field(ge=0, description="CPUs that one engine holds; default: 1 if enough are left, else 0")
-    ] = None
+    tokenizer_concurrency: Annotated[Concurrency, Field(description="actors that preprocess, template, tokenize")] = 1
+    num_gpus: Annotated[float | None, Field(ge=0, description="of one engine; default: 1 if there are any")] = None
+    num_cpus: Annotated[float | None, Field(ge=0, description="of one engine; default: 1 if enough are left")] = None
     accelerator_type: Annotated[str | None, Field(description="GPU type that engines need, such as H100")] = None
     runtime_env: Annotated[dict[str, Any] | None, Field(description="Ray runtime environment of the engines")] = None
-    engine_pool: Annotated[
-        str | None,
-        Field(min_length=1, description="processors of a job that name the same pool share its engines"),
-    ] = None
-    function_timeout_s: Annotated[
-        float, Field(gt=0, description="seconds that preprocess or postprocess may take for one row, before it fails")
-    ] = 600.0
-    on_error: Annotated[
-        Literal["record", "raise"],
-        Field(description="record: a failed row has error_type; raise: it stops the job"),
-    ] = "record"
+    engine_pool: Annotated[str | None, Field(min_length=1, description="shared by processors that name it")] = None
+    function_timeout_s: Annotated[float, Field(gt=0, description="of preprocess or postprocess, for a row")] = 600.0
+    on_error: Annotated[Literal["record", "raise"], Field(description="raise: a failed row stops the job")] = "record"
 
     def __init__(self, **data: Any):
         try:

@@ -108,9 +108,6 @@ class _Place:
     users: dict[str, str] = field(default_factory=dict)
     used: float = 0.0  # when there last was one
 
-    def num_of(self, processor: str) -> int:
-        return list(self.users.values()).count(processor)
-
 
 @ray.remote(num_cpus=0)
 class EnginePool:
@@ -137,8 +134,8 @@ class EnginePool:
                 )
             for engine in self._engines:
                 engine.users.pop(user, None)
-            best = min(self._engines, key=lambda engine: engine.num_of(place.processor), default=None)
-            if best is None or (best.num_of(place.processor) and len(self._engines) < place.max_engines):
+            best = min(self._engines, key=lambda e: (place.processor in e.users.values(), len(e.users)), default=None)
+            if best is None or (place.processor in best.users.values() and len(self._engines) < place.max_engines):
                 options: Any = {"max_concurrency": MAX_CALLS, **place.options}
                 best = _Place(_Engine.options(**options).remote(place.config))  # type: ignore[attr-defined]
                 self._engines.append(best)

@@ -46,14 +46,8 @@ def build_processor(
     """
     if not isinstance(config, EngineProcessorConfig):
         raise ConfigError(f"config: want an EngineProcessorConfig, got {type(config).__name__}")
-    return Processor(
-        config,
-        preprocess,
-        postprocess,
-        dict(preprocess_map_kwargs or {}),
-        dict(postprocess_map_kwargs or {}),
-        stats_actor,
-    )
+    map_kwargs = dict(preprocess_map_kwargs or {}), dict(postprocess_map_kwargs or {})
+    return Processor(config, preprocess, postprocess, *map_kwargs, stats_actor)
 
 
 @dataclass(frozen=True)
@@ -82,23 +76,16 @@ class Processor:
         on_cpu = engine.model_copy(update={"device": "cpu"})  # of what needs no weights
         check_model(on_cpu)
         batch_size, num_calls = rows_in_flight(engine, config)
-        template = {"chat_template": config.chat_template, "chat_template_kwargs": config.chat_template_kwargs}
+        names = ("sampling_params", "on_error", "chat_template", "chat_template_kwargs")
+        common, seconds = {name: getattr(config, name) for name in names}, config.function_timeout_s
 
         prepare_kwargs: dict[str, Any] = {"num_cpus": prepare_cpus} | self.preprocess_map_kwargs
-        prepare_kwargs.setdefault(
-            "compute", actor_pool(prepare_kwargs.pop("concurrency", config.tokenizer_concurrency))
-        )
+        tokenizers = actor_pool(prepare_kwargs.pop("concurrency", config.tokenizer_concurrency))
+        prepare_kwargs.setdefault("compute", tokenizers)
+        own: dict[str, Any] = {"preprocess": self.preprocess, "batch_size": batch_size, "seconds": seconds}
         dataset = dataset.map_batches(
             Prepare,
-            fn_constructor_kwargs={
-                "engine": on_cpu,
-                "preprocess": self.preprocess,
-                "sampling_params": config.sampling_params,
-                "batch_size": batch_size,
-                "on_error": config.on_error,
-                "seconds": config.function_timeout_s,
-                **template,
-            },
+            fn_constructor_kwargs={"engine": on_cpu, **own, **common},
             batch_size=4 * batch_size,
             batch_format="pyarrow",
             **prepare_kwargs,
@@ -107,14 +94,8 @@ class Processor:
         options: dict[str, Any] = {"num_cpus": num_cpus, "num_gpus": num_gpus or None}
         options |= {"accelerator_type": config.accelerator_type, "runtime_env": config.runtime_env}
         options = {key: value for key, value in options.items() if value is not None}
-        llm_kwargs = {
-            **engine.model_dump(exclude_unset=True),
-            "sampling_params": config.sampling_params,
-            "on_error": config.on_error,
-            "stats_actor": self.stats_actor,
-            "any_rows": self.any_rows,
-            **template,
-        }
+        llm_kwargs = engine.model_dump(exclude_unset=True) | common
+        llm_kwargs |= {"stats_actor": self.stats_actor, "any_rows": self.any_rows}
         if config.engine_pool is not None:
             llm_kwargs["place"] = Membership(config.engine_pool, uuid.uuid4().hex, engine, high, options)
             options = {"num_cpus": 0}
@@ -140,11 +121,7 @@ class Processor:
             finish_kwargs["compute"] = TaskPoolStrategy(size=bounds(finish_kwargs.pop("concurrency"))[1])
         dataset = dataset.map_batches(
             cast(Any, finish),
-            fn_kwargs={
-                "postprocess": self.postprocess,
-                "on_error": config.on_error,
-                "seconds": config.function_timeout_s,
-            },
+            fn_kwargs={"postprocess": self.postprocess, "on_error": config.on_error, "seconds": seconds},
             batch_size=None,  # each block when it comes: rows that wait for others to fill a batch may wait for long
             batch_format="pyarrow",
             **finish_kwargs,

@@ -175,9 +175,8 @@ def _result_table(
     names = list(dict.fromkeys(name for result in [*shape, sample] for name in result)) or table.column_names
     arrays: dict[str, Any] = {}
     for name in names:
-        values = [
-            row.get(name) if result is None else result.get(name) for row, result in zip(rows, results, strict=True)
-        ]
+        pairs = zip(rows, results, strict=True)
+        values = [row.get(name) if result is None else result.get(name) for row, result in pairs]
         passed_through = all(value is row.get(name) for value, row in zip(values, rows, strict=True))
         passed_through &= name not in col.ERROR_COLUMNS or None not in results  # the table does not know these errors
         if passed_through and name in table.column_names and name not in replaced:

@@ -29,32 +29,24 @@ class EngineConfig(BaseModel):
     ] = "auto"
     device: Annotated[str, Field(description="auto: cuda if there is one, else cpu")] = "auto"
     load_format: Annotated[
-        Literal["auto", "pt", "dummy"],
-        Field(description="pt: pickled weights (pytorch_model.bin); dummy: random ones, for benchmarks"),
+        Literal["auto", "pt", "dummy"], Field(description="pt: pytorch_model.bin, a pickle; dummy: random weights")
     ] = "auto"
     skip_tokenizer_init: Annotated[bool, Field(description="only prompt_token_ids in, no text out")] = False
     trust_remote_code: Annotated[bool, Field(description="run Python code from the model folder")] = False
     hf_overrides: Annotated[dict[str, Any], Field(description="model config fields to replace")] = {}
     max_model_len: Annotated[int | None, Field(ge=2, description="prompt plus output tokens of one row")] = None
     max_num_seqs: Annotated[int | None, Field(ge=1, description="rows running at once; default by device")] = None
-    max_num_batched_tokens: Annotated[int | None, Field(ge=1, description="tokens in one step; default by device")] = (
-        None
-    )
+    max_num_batched_tokens: Annotated[int | None, Field(ge=1, description="in one step; default by device")] = None
     block_size: Annotated[int, Field(ge=1, description="tokens in one KV block; 16, 32, 64 or 128 on a GPU")] = 16
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1, description="share of the GPU's memory to use")] = 0.9
     num_gpu_blocks_override: Annotated[int | None, Field(ge=2, description="KV blocks, instead of measuring")] = None
-    cpu_kv_cache_gib: Annotated[
-        float | None, Field(gt=0, description="KV memory on a CPU; default: a quarter of what is free, 4 at most")
-    ] = None
+    cpu_kv_cache_gib: Annotated[float | None, Field(gt=0, description="default: a quarter of the free, <= 4")] = None
     num_threads: Annotated[int | None, Field(ge=1, description="torch threads on a CPU; default: all cores")] = None
     enable_prefix_caching: Annotated[bool, Field(description="share KV blocks between equal prefixes")] = True
     prefill_backend: Annotated[BackendName, Field(description="attention for prompt chunks")] = "auto"
     decode_backend: Annotated[BackendName, Field(description="attention for single tokens")] = "auto"
     fuse: Annotated[bool, Field(description="swap known blocks for fused ones; False: transformers' own")] = True
-    deterministic: Annotated[
-        bool,
-        Field(description="a row's tokens and log-probabilities are the same to the last bit in any batch; slower"),
-    ] = False
+    deterministic: Annotated[bool, Field(description="the same bits for a row in any batch; slower")] = False
     enforce_eager: Annotated[bool, Field(description="no CUDA graphs")] = False
     seed: Annotated[int, Field(ge=0, lt=2**63, description="random streams of rows that bring no seed")] = 0
 

@@ -29,14 +29,13 @@ def load_tokenizer(config: EngineConfig) -> PreTrainedTokenizerBase | None:
     """
     if config.skip_tokenizer_init:
         return None
-    source, extra = config.tokenizer or config.model, {}
+    source, extra = config.tokenizer or config.model, dict[str, Any]()
     if source.endswith(".gguf"):
         path = Path(source)
         source, extra = str(path.parent), {"gguf_file": path.name}
     try:
-        return AutoTokenizer.from_pretrained(
-            source, revision=config.revision, trust_remote_code=config.trust_remote_code, **extra
-        )
+        extra |= {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+        return AutoTokenizer.from_pretrained(source, **extra)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             f"tokenizer = {config.tokenizer or config.model!r}: cannot be loaded ({error}); give `tokenizer`, or "
@@ -115,7 +114,7 @@ class InputProcessor:
             except RowError as error:
                 results[index] = error
             except Exception as error:  # values nested too deeply, a mapping that is none
-                results[index] = RowError(ErrorType.INVALID_PROMPT, f"the row's input: {describe(error, row)}")
+                results[index] = _bad(f"the row's input: {describe(error, row)}")
         for add_special_tokens, entries in texts.items():
             ids_of = self._tokenize([text for _, text, _ in entries], add_special_tokens)
             for (index, text, params), ids in zip(entries, ids_of, strict=True):
@@ -129,18 +128,16 @@ class InputProcessor:
         given = [key for key in INPUT_KEYS if row.get(key) is not None]
         if len(given) != 1:
             state = "all None or missing" if not given else f"{' and '.join(given)} are both set"
-            raise RowError(ErrorType.INVALID_PROMPT, f"a row needs one of {', '.join(INPUT_KEYS)}: {state}")
+            raise _bad(f"a row needs one of {', '.join(INPUT_KEYS)}: {state}")
         if given[0] != "prompt_token_ids" and self.tokenizer is None:
-            raise RowError(
-                ErrorType.INVALID_PROMPT, f"{given[0]}: no tokenizer (skip_tokenizer_init); give prompt_token_ids"
-            )
+            raise _bad(f"{given[0]}: no tokenizer (skip_tokenizer_init); give prompt_token_ids")
         return given[0], row[given[0]]
 
     def _text(self, value: Any) -> str:
         if not isinstance(value, str):
-            raise RowError(ErrorType.INVALID_PROMPT, f"prompt: want a string, got {type(value).__name__}")
+            raise _bad(f"prompt: want a string, got {type(value).__name__}")
         if not value:
-            raise RowError(ErrorType.INVALID_PROMPT, "prompt: is empty")
+            raise _bad("prompt: is empty")
         return value
 
     def _ids(self, value: Any) -> list[int]:
@@ -149,30 +146,26 @@ class InputProcessor:
         except ValueError:  # ragged
             ids = np.zeros((0, 0))
         if ids.ndim != 1 or not ids.size or ids.dtype.kind not in "iu":
-            raise RowError(ErrorType.INVALID_PROMPT, "prompt_token_ids: want a list of integers that is not empty")
+            raise _bad("prompt_token_ids: want a list of integers that is not empty")
         wrong = ids[(ids < 0) | (ids >= self.info.vocab_size)]
         if wrong.size:
-            raise RowError(
-                ErrorType.INVALID_TOKEN_IDS,
-                f"prompt_token_ids: {wrong[0]} is out of the vocabulary, 0 to {self.info.vocab_size - 1}",
-            )
+            text = f"prompt_token_ids: {wrong[0]} is out of the vocabulary, 0 to {self.info.vocab_size - 1}"
+            raise RowError(ErrorType.INVALID_TOKEN_IDS, text)
         return ids.tolist()
 
     def _render(self, value: Any) -> str:
         """Chat template over checked messages."""
         messages = _plain(value)
         if not isinstance(messages, list) or not messages:
-            raise RowError(ErrorType.INVALID_PROMPT, "messages: want a list of {role, content} that is not empty")
+            raise _bad("messages: want a list of {role, content} that is not empty")
         for number, message in enumerate(messages):
             if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-                raise RowError(ErrorType.INVALID_PROMPT, f"messages[{number}]: want a mapping with a string `role`")
+                raise _bad(f"messages[{number}]: want a mapping with a string `role`")
             content = message.get("content")
             if isinstance(content, list):
                 content = message["content"] = self._joined(content, number)
             if not isinstance(content, str):
-                raise RowError(
-                    ErrorType.INVALID_PROMPT, f"messages[{number}].content: want a string, got {type(content).__name__}"
-                )
+                raise _bad(f"messages[{number}].content: want a string, got {type(content).__name__}")
         try:
             text = self._chat.render(messages)
         except RowError:
@@ -186,9 +179,7 @@ class InputProcessor:
         texts = []
         for part in parts:
             if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-                raise RowError(
-                    ErrorType.INVALID_PROMPT, f"messages[{number}].content: only parts of type text are supported"
-                )
+                raise _bad(f"messages[{number}].content: only parts of type text are supported")
             texts.append(part["text"])
         return "".join(texts)
 
@@ -197,26 +188,27 @@ class InputProcessor:
             return []
         assert self.tokenizer is not None
         try:
-            return self.tokenizer(texts, add_special_tokens=add_special_tokens, return_attention_mask=False)[
-                "input_ids"
-            ]
+            options = {"add_special_tokens": add_special_tokens, "return_attention_mask": False}
+            return self.tokenizer(texts, **options)["input_ids"]
         except Exception as error:  # for example a lone surrogate, which no UTF-8 tokenizer takes
             if len(texts) == 1:
-                return [RowError(ErrorType.INVALID_PROMPT, f"the tokenizer refused the text: {type(error).__name__}")]
+                return [_bad(f"the tokenizer refused the text: {type(error).__name__}")]
         return [self._tokenize([text], add_special_tokens)[0] for text in texts]
 
     def _checked(self, ids: list[int], params: SamplingParams, text: str | None) -> EncodedRow:
         if not ids:
-            raise RowError(ErrorType.INVALID_PROMPT, "the prompt has no tokens")
+            raise _bad("the prompt has no tokens")
         check_length(len(ids), self.max_model_len)
         for token in params.stop_token_ids:
             if not 0 <= token < self.info.vocab_size:
-                raise RowError(
-                    ErrorType.INVALID_SAMPLING_PARAMS,
-                    f"sampling_params: stop_token_ids: {token} is out of the vocabulary, "
-                    f"0 to {self.info.vocab_size - 1}",
-                )
+                vocabulary = f"the vocabulary, 0 to {self.info.vocab_size - 1}"
+                text = f"sampling_params: stop_token_ids: {token} is out of {vocabulary}"
+                raise RowError(ErrorType.INVALID_SAMPLING_PARAMS, text)
         return EncodedRow(ids, params, text)
+
+
+def _bad(message: str) -> RowError:
+    return RowError(ErrorType.INVALID_PROMPT, message)
 
 
 def check_length(num_tokens: int, max_model_len: int) -> None:

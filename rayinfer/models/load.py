@@ -138,9 +138,8 @@ def _read_config(config: EngineConfig, source: Source) -> PreTrainedConfig:
         if source.gguf_file is not None:
             stat = (Path(source.path) / source.gguf_file).stat()
             return copy.deepcopy(_read_gguf_config(source, stat.st_mtime_ns, stat.st_size))
-        return AutoConfig.from_pretrained(
-            source.path, trust_remote_code=config.trust_remote_code, **source.hub_kwargs()
-        )
+        options = {"trust_remote_code": config.trust_remote_code, **source.hub_kwargs()}
+        return AutoConfig.from_pretrained(source.path, **options)
     except Exception as error:  # transformers, the hub and parsers raise what they like; the text is what helps
         reason = str(error).strip().split("\n")[0]
         if "trust_remote_code" in str(error):
@@ -149,9 +148,8 @@ def _read_config(config: EngineConfig, source: Source) -> PreTrainedConfig:
                 "trust_remote_code=True"
             ) from None
         kind = UnsupportedModelError if "architecture" in str(error) else ConfigError
-        what = (
-            "its header cannot be read, or the file is cut short" if source.gguf_file else "its config cannot be read"
-        )
+        broken = "its header cannot be read, or the file is cut short"
+        what = broken if source.gguf_file else "its config cannot be read"
         raise kind(f"model = {config.model!r}: {what}: {reason}") from error
 
 

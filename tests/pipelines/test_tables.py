@@ -266,7 +266,7 @@ def test_a_delta_table_is_read_at_its_version(tmp_path):
     for first in (0, 3):
         write_deltalake(uri, pa.table({"id": range(first, first + 3), "text": ["x"] * 3}), mode="append")
     DeltaTable(uri).delete("id = 1")  # a file that is still in the folder, and no longer in the table
-    with pytest.raises(ConfigError, match=r"a Delta table; set source.format to delta, or to parquet"):
+    with pytest.raises(ConfigError, match=r"a Delta table; set source.format to delta, or parquet"):
         list_source(SourceSpec(uri=uri))
 
     def rows(**fields) -> list[int]:
@@ -279,10 +279,10 @@ def test_a_delta_table_is_read_at_its_version(tmp_path):
     for version in (0, 1, 2):
         assert rows(version=version) == sorted(DeltaTable(uri, version=version).to_pyarrow_table()["id"].to_pylist())
     assert rows() == [0, 2, 3, 4, 5]
-    with pytest.raises(ConfigError, match=r"source.version = 1: only Delta tables have versions"):
+    with pytest.raises(ConfigError, match=r"source.version = 1: only Delta tables have one"):
         list_source(SourceSpec(uri=uri, format="parquet", version=1))
     with pytest.raises(ConfigError, match=r"cannot be read as a Delta table"):
         list_source(SourceSpec(uri=uri, format="delta", version=9))
     write_deltalake(str(tmp_path / "parts"), pa.table({"id": [1], "day": ["a"]}), partition_by=["day"])
-    with pytest.raises(ConfigError, match=r"a Delta table with partitions, which are not read yet"):
+    with pytest.raises(ConfigError, match=r"a Delta table with partitions, not read yet"):
         list_source(SourceSpec(uri=str(tmp_path / "parts"), format="delta"))
