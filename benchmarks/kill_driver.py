@@ -2,10 +2,11 @@
 
     python benchmarks/kill_driver.py --kills 100
 
-One Ray cluster serves all drivers, so that a try costs the driver's start and the model's, not Ray's. Each driver gets
-SIGKILL after a random time, from its first instruction to a little after the job's usual end; when a driver comes
-through, its table is compared row by row with that of a run without faults, and the next job begins. Also told: the
-time of a run after success.
+One Ray cluster serves all drivers, so that a try costs the driver's start and the tiny model's, not Ray's. Each driver
+gets SIGKILL after a random time, from its first instruction to a little after the time that the fastest one took; when
+a driver comes through, its table is compared row by row with that of a run without faults, and the next job begins.
+Also told: the time of a run after success, and at each kill the time since the last commit (or the driver's start):
+what an engine computed in it, it may compute again.
 """
 
 from __future__ import annotations
@@ -24,23 +25,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
-from common import ROOT, describe_machine, load_reference, load_rows, table, write_result
+from common import ROOT, describe_machine, load_rows, table, write_result
+from tiny_llama import save_tiny_llama
 
 from rayinfer.pipelines.verify import verify
 
 FLUSH_SECONDS = 2.0
-
-
-def save_model(folder: Path) -> None:
-    """The demo model as a folder: it loads in a tenth of the time that its .gguf takes."""
-    from transformers import AutoModelForCausalLM
-
-    model, tokenizer = load_reference("smollm2")
-    del model.config.quantization_config  # else transformers will not save it
-    plain = AutoModelForCausalLM.from_config(model.config)
-    plain.load_state_dict(model.state_dict())
-    plain.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
 
 
 def write_job(folder: Path, out: str, num_rows: int) -> Path:
@@ -69,12 +59,18 @@ def read(out: Path) -> dict[str, Any]:
     return found if len(found) == len(rows) else {"doubled": len(rows) - len(found)}
 
 
+def since_commit(out: Path, begin: float) -> float:
+    """Seconds since the last commit to `out`, or since `begin` if that is later."""
+    entries = [path.stat().st_mtime for path in out.glob("_rayinfer/log-*/*.json")]
+    return time.time() - max([begin, *entries])
+
+
 def main() -> int:
     import ray
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--rows", type=int, default=48)
+    parser.add_argument("--rows", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     pick = random.Random(options.seed)
@@ -83,9 +79,10 @@ def main() -> int:
     address = ray.get_runtime_context().gcs_address
     kills = jobs = tries = 0
     wrong: list[str] = []
+    undone: list[float] = []
     begin = time.monotonic()
     try:
-        save_model(folder)
+        save_tiny_llama(folder / "model", times=4)
         job = write_job(folder, "whole", options.rows)
         clock = time.monotonic()
         process = start(job, address)
@@ -100,20 +97,24 @@ def main() -> int:
         while kills < options.kills:
             jobs += 1
             job = write_job(folder, f"out{jobs}", options.rows)
+            whole_run = True  # until a try of this job was killed
             while True:
-                process = start(job, address)
+                begun, process = time.time(), start(job, address)
                 tries += 1
                 try:
                     _, err = process.communicate(timeout=pick.uniform(0, 1.1 * usual) if kills < options.kills else 600)
                     if process.returncode == 0:
+                        usual = min(usual, time.time() - begun) if whole_run else usual
                         break
+                    whole_run = False
                     wrong.append(f"job {jobs}: a driver exits with {process.returncode}: {err.decode()[-300:]}")
                     if len(wrong) > 5:
                         break
                 except subprocess.TimeoutExpired:
                     process.send_signal(signal.SIGKILL)
                     process.communicate()
-                    kills += 1
+                    kills, whole_run = kills + 1, False
+                    undone.append(since_commit(folder / f"out{jobs}", begun))
             if read(folder / f"out{jobs}") != whole:
                 wrong.append(f"job {jobs}: the table is not that of the run without faults")
             wrong += [f"job {jobs}: {line}" for line in verify(str(folder / f"out{jobs}"))[1]]
@@ -127,9 +128,10 @@ def main() -> int:
         ["kills", f"{kills}"],
         ["jobs that ended whole, by key and text", f"{jobs - len(wrong)} of {jobs}"],
         ["starts of a driver", f"{tries}"],
-        ["run without faults", f"{usual:.1f} s"],
+        ["run without faults, the fastest", f"{usual:.1f} s"],
         ["the same command after success", f"{again:.1f} s (target: 10 s)"],
-        ["flush interval, the most that an engine may compute again", f"{FLUSH_SECONDS:.0f} s"],
+        ["flush interval", f"{FLUSH_SECONDS:.0f} s"],
+        ["from the last commit, or the driver's start, to the kill, longest", f"{max(undone):.1f} s (target: 60 s)"],
         ["time", f"{time.monotonic() - begin:.0f} s"],
     ]
     text = ["# Drivers killed at random points", f"`python benchmarks/kill_driver.py --kills {options.kills}`"]

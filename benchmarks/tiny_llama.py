@@ -9,8 +9,8 @@ TEMPLATE = (
 )
 
 
-def save_tiny_llama(folder: Path, seed: int = 0, max_position_embeddings: int = 256) -> dict[str, int]:
-    """Write model and tokenizer; returns the vocabulary."""
+def save_tiny_llama(folder: Path, seed: int = 0, max_position_embeddings: int = 256, times: int = 1) -> dict[str, int]:
+    """Write model and tokenizer, `times` wider and deeper; returns the vocabulary."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -25,10 +25,9 @@ def save_tiny_llama(folder: Path, seed: int = 0, max_position_embeddings: int = 
     )
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(letters), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=max_position_embeddings, initializer_range=0.5,
-        bos_token_id=None,
-        eos_token_id=len(letters) - 1,
+        vocab_size=len(letters), hidden_size=32 * times, intermediate_size=64 * times, num_hidden_layers=2 * times,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=max_position_embeddings,
+        initializer_range=0.5, bos_token_id=None, eos_token_id=len(letters) - 1,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     return vocab
