@@ -27,7 +27,7 @@ from benchmarks.common import describe_machine, table, write_result
 from benchmarks.fault_kinds import KINDS
 from benchmarks.fault_world import Trial, World, Wrong
 
-COLUMNS = ["kind", "seeds", "struck", "lost", "doubled", "altered", "wrong", "seconds a run"]
+COLUMNS = ["kind", "seeds", "on the last commit", "struck", "lost", "doubled", "altered", "wrong", "seconds a run"]
 ALL = {**KINDS, **fault_cluster.KINDS}
 
 
@@ -61,12 +61,14 @@ def latest(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def summary(records: list[dict[str, Any]]) -> list[list[Any]]:
     rows = []
+    last = max(records, key=lambda record: record["at"], default={}).get("commit")
     for kind in ALL:
         some = [record for record in records if record["kind"] == kind]
         if some:
             counts = [sum(record[name] for record in some) for name in ("struck", "lost", "doubled", "altered")]
             wrong, seconds = sum(bool(record["wrong"]) for record in some), sum(record["seconds"] for record in some)
-            rows.append([kind, len(some), *counts, wrong, f"{seconds / len(some):.0f}"])
+            fresh = sum(record.get("commit") == last for record in some)
+            rows.append([kind, len(some), fresh, *counts, wrong, f"{seconds / len(some):.0f}"])
     return rows
 
 
@@ -74,12 +76,14 @@ def write(records: list[dict[str, Any]]) -> None:
     import ray
 
     rows = summary(records := latest(records))
+    ordered = sorted(records, key=lambda record: record["at"], reverse=True)
+    commits = dict.fromkeys(record.get("commit", "unknown") for record in ordered)
     missing = [kind for kind in ALL if kind not in {row[0] for row in rows}]
     text = [
         "# Faults",
         "`python -m benchmarks.faults`: what each kind does, and what a run is, is told there and by `--list`.",
         f"{max(record['at'] for record in records)}, {describe_machine()}, Ray {ray.__version__}",
-        f"commits: {', '.join(sorted({record.get('commit', 'unknown') for record in records}))}",
+        f"commits, the last one first: {', '.join(commits)}",
         table(COLUMNS, rows),
         f"{len(rows)} of {len(ALL)} kinds, {sum(row[1] for row in rows)} runs; `struck`: faults that hit. "
         + (f"Not run: {', '.join(missing)}." if missing else ""),
