@@ -13,6 +13,7 @@ from deltalake.exceptions import TableNotFoundError
 from deltalake.transaction import AddAction, CommitProperties, RemoveAction, Transaction
 
 from rayinfer.errors import ConfigError
+from rayinfer.pipelines.job import SourceSpec
 from rayinfer.pipelines.log import Part
 from rayinfer.pipelines.tables import Table
 
@@ -60,27 +61,15 @@ class DeltaSink(Table):
         return table.to_pyarrow_dataset().to_batches(columns=[column])
 
 
-def data_files(uri: str, version: int | None) -> list[str]:
-    """URIs of a version's files, of which the rows are the table's.
-
-    Raises:
-        ConfigError: no Delta table, or one whose rows are not simply those of its files.
-    """
-    try:
-        table = DeltaTable(uri, version=version)
-        metadata = table.metadata()
-        has = {
-            "partitions": bool(metadata.partition_columns),
-            "column mapping": metadata.configuration.get("delta.columnMapping.mode", "none") != "none",
-            "deletion vectors": pa.table(table.deletion_vectors().read_all()).num_rows > 0,
-        }
-    except Exception as error:
-        text = str(error).partition("\n")[0]
-        raise ConfigError(f"source.uri = {uri!r}: cannot be read as a Delta table: {text}") from None
-    if reasons := [name for name, there in has.items() if there]:
-        uses = " and ".join(reasons)
-        raise ConfigError(f"source.uri = {uri!r}: a Delta table with {uses}, not read yet; write it as Parquet")
-    return table.file_uris()
+def data_files(spec: SourceSpec) -> tuple[list[str], dict[str, bool]]:
+    """URIs of a version's files, and whether it has what makes its rows other than those of its files."""
+    table = DeltaTable(spec.uri, version=spec.version)
+    metadata = table.metadata()
+    return table.file_uris(), {
+        "partitions": bool(metadata.partition_columns),
+        "column mapping": metadata.configuration.get("delta.columnMapping.mode", "none") != "none",
+        "deletion vectors": pa.table(table.deletion_vectors().read_all()).num_rows > 0,
+    }
 
 
 def _properties(version: int, told: dict[str, str]) -> CommitProperties:

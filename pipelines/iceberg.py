@@ -9,9 +9,10 @@ import pyarrow as pa
 from pyiceberg.catalog import Catalog, load_catalog
 from pyiceberg.exceptions import NoSuchNamespaceError, NoSuchTableError
 from pyiceberg.io.pyarrow import parquet_file_to_data_file, schema_to_pyarrow
+from pyiceberg.manifest import FileFormat
 
 from rayinfer.errors import ConfigError
-from rayinfer.pipelines.job import SinkSpec
+from rayinfer.pipelines.job import CatalogSpec, SinkSpec, SourceSpec
 from rayinfer.pipelines.log import Part
 from rayinfer.pipelines.store import Store
 from rayinfer.pipelines.tables import Table
@@ -71,6 +72,20 @@ class IcebergSink(Table):
 
     def batches(self, table: Any, column: str) -> Iterable[pa.RecordBatch]:
         return table.scan(selected_fields=(column,)).to_arrow_batch_reader()
+
+
+def data_files(spec: SourceSpec) -> tuple[list[str], dict[str, bool]]:
+    """URIs of a snapshot's files, and whether it has what makes its rows other than those of its files."""
+    catalog = spec.catalog or CatalogSpec()
+    table = load_catalog(catalog.name, **catalog.settings()).load_table(spec.table or "")
+    tasks = list(table.scan(snapshot_id=spec.version).plan_files())
+    columns = {frozenset((field.field_id, field.name) for field in one.fields) for one in table.schemas().values()}
+    return [task.file.file_path for task in tasks], {
+        "partitions": any(one.fields for one in table.specs().values()),
+        "columns that were renamed, added or dropped": len(columns) > 1,
+        "rows deleted by files of their own": any(task.delete_files for task in tasks),
+        "files that are not Parquet": any(task.file.file_format != FileFormat.PARQUET for task in tasks),
+    }
 
 
 def _arrow(schema: Any) -> pa.Schema:

@@ -34,7 +34,7 @@ _HASHED_BYTES = 2**20  # of a .gguf file, whose head holds the configuration and
 
 def fingerprint(spec: JobSpec, listing: Listing) -> dict[str, Any]:
     """Field by field, what the rows of the output depend on; fields that have their default are left out."""
-    source = spec.source.model_dump(exclude_defaults=True) | {"uri": bare_uri(spec.source.uri)}
+    source = spec.source.model_dump(exclude_defaults=True, exclude={"catalog"}) | {"uri": bare_uri(spec.source.uri)}
     engine = spec.model.model_dump(exclude_defaults=True, exclude=_FREE)
     tree: dict[str, Any] = {
         "format": FORMAT,
@@ -112,25 +112,18 @@ def check_same(job: dict[str, Any], new: dict[str, Any], uri: str) -> None:
     """Raise ConfigError, naming what differs, unless `new` is the fingerprint of the job that is there."""
     lines = differences(job["fingerprint"], new)
     if lines:
-        raise ConfigError(
-            "\n".join(
-                [
-                    f"sink.uri = {bare_uri(uri)!r} holds another job; what was there -> what is asked for:",
-                    *(f"  {line}" for line in lines),
-                    "give --overwrite to replace that table, or name another folder",
-                ]
-            )
-        )
+        head = f"sink.uri = {bare_uri(uri)!r} holds another job; what was there -> what is asked for:"
+        end = "give --overwrite to replace that table, or name another folder"
+        raise ConfigError("\n  ".join([head, *lines]) + f"\n{end}")
 
 
 def claim_job(store: Store, spec: JobSpec, fingerprint: dict[str, Any], census: Census) -> dict[str, Any]:
     """Make `job.json` if there is none; returns the one that is there then."""
     logs = {name.removeprefix("log-").rstrip("/") for name in store.sizes(META) if name.startswith("log-")}
     public = spec.model_dump(mode="json", exclude_unset=True)
-    for part in ("source", "sink"):
-        public[part]["uri"] = bare_uri(public[part]["uri"])
-    if (public["sink"].get("catalog") or {}).get("uri"):
-        public["sink"]["catalog"]["uri"] = bare_uri(public["sink"]["catalog"]["uri"])
+    places = [place for part in ("source", "sink") for place in (public[part], public[part].get("catalog") or {})]
+    for place in places:
+        place |= {"uri": bare_uri(place["uri"])} if place.get("uri") else {}
     job = {
         "id": uuid.uuid4().hex[:8],
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
 from rayinfer.config import EngineConfig
-from rayinfer.errors import ConfigError, explain_validation
+from rayinfer.errors import ConfigError, bare_uri, explain_validation
 from rayinfer.pipelines.template import PromptTemplate
 from rayinfer.sampling import SamplingParams
 
@@ -21,12 +21,52 @@ class _Spec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
-class SourceSpec(_Spec):
-    uri: Annotated[str, Field(min_length=1, description="file, folder or glob; any fsspec URI")]
-    format: Annotated[
-        Literal["auto", "parquet", "jsonl", "csv", "delta"], Field(description="auto: by the file names")
-    ] = "auto"
-    version: Annotated[int | None, Field(ge=0, description="of a Delta table; default: the newest")] = None
+class CatalogSpec(_Spec):
+    """An Iceberg catalog, as pyiceberg knows it; what is not given here it takes from its own configuration."""
+
+    name: Annotated[str, Field(min_length=1, description="as in .pyiceberg.yaml")] = "default"
+    type: Annotated[str | None, Field(description="rest, sql, glue, hive, ...")] = None
+    uri: str | None = None
+    warehouse: str | None = None
+    properties: Annotated[dict[str, SecretStr], Field(exclude=True, description="others; kept nowhere")] = {}
+
+    @field_validator("properties", mode="before")
+    @classmethod
+    def _strings(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {key: str(item).lower() if isinstance(item, bool) else str(item) for key, item in value.items()}
+
+    def settings(self) -> dict[str, str]:
+        """What pyiceberg's load_catalog takes."""
+        plain = self.model_dump(include={"type", "uri", "warehouse"}, exclude_none=True)
+        return plain | {key: value.get_secret_value() for key, value in self.properties.items()}
+
+    def say(self, error: Exception) -> str:
+        """The first line of an error, without the catalog's secrets."""
+        text = f"{type(error).__name__}: {error}".partition("\n")[0]
+        for secret in self.properties.values():
+            text = text.replace(secret.get_secret_value() or "\n", "***")
+        return bare_uri(text)
+
+
+class _PlaceSpec(_Spec):
+    format: Any
+    uri: Annotated[str, Field(min_length=1, description="file, folder or glob; any fsspec URI that all nodes reach")]
+    table: Annotated[str | None, Field(pattern=r"^.+\..+$", description="Iceberg: namespace.name")] = None
+    catalog: Annotated[CatalogSpec | None, Field(description="Iceberg: where the table's name is kept")] = None
+
+    @model_validator(mode="after")
+    def _table_named(self) -> _PlaceSpec:
+        for name in ("table", "catalog"):
+            if (getattr(self, name) is None) == (self.format == "iceberg"):
+                raise ValueError(f"{name} is given if format is iceberg, and only then")
+        return self
+
+
+class SourceSpec(_PlaceSpec):
+    format: Literal["auto", "parquet", "jsonl", "csv", "delta", "iceberg"] = "auto"  # by the file names
+    version: Annotated[int | None, Field(ge=0, description="or snapshot, of a table; default: the newest")] = None
     columns: Annotated[list[str] | None, Field(min_length=1, description="columns to read; default: all")] = None
     limit: Annotated[int | None, Field(ge=1, description="only the first rows, in file order")] = None
     id_column: Annotated[str | None, Field(description="unique integer or string; default: a row_key is made")] = None
@@ -51,43 +91,11 @@ class ProcessorSpec(_Spec):
         return value
 
 
-class CatalogSpec(_Spec):
-    """An Iceberg catalog, as pyiceberg knows it; what is not given here it takes from its own configuration."""
-
-    name: Annotated[str, Field(min_length=1, description="as in .pyiceberg.yaml")] = "default"
-    type: Annotated[str | None, Field(description="rest, sql, glue, hive, ...")] = None
-    uri: str | None = None
-    warehouse: str | None = None
-    properties: Annotated[dict[str, SecretStr], Field(exclude=True, description="others; kept nowhere")] = {}
-
-    @field_validator("properties", mode="before")
-    @classmethod
-    def _strings(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        return {key: str(item).lower() if isinstance(item, bool) else str(item) for key, item in value.items()}
-
-    def settings(self) -> dict[str, str]:
-        """What pyiceberg's load_catalog takes."""
-        plain = self.model_dump(include={"type", "uri", "warehouse"}, exclude_none=True)
-        return plain | {key: value.get_secret_value() for key, value in self.properties.items()}
-
-
-class SinkSpec(_Spec):
-    uri: Annotated[str, Field(min_length=1, description="folder; any fsspec URI that all nodes reach")]
+class SinkSpec(_PlaceSpec):
     format: Literal["parquet", "jsonl", "csv", "delta", "iceberg"] = "parquet"
-    table: Annotated[str | None, Field(pattern=r"^.+\..+$", description="Iceberg: namespace.name")] = None
-    catalog: Annotated[CatalogSpec | None, Field(description="Iceberg: where the table's name is kept")] = None
     rows_per_part: Annotated[int, Field(ge=1, description="a part is written when so many rows are finished")] = 5000
     flush_seconds: Annotated[float, Field(gt=0, description="or when a row has been finished for so long")] = 60.0
     columns: Annotated[list[str] | None, Field(description="source columns to keep; default: all read")] = None
-
-    @model_validator(mode="after")
-    def _table_named(self) -> SinkSpec:
-        for name in ("table", "catalog"):
-            if (getattr(self, name) is None) == (self.format == "iceberg"):
-                raise ValueError(f"{name} is given if format is iceberg, and only then")
-        return self
 
     @property
     def file_format(self) -> FileFormat:

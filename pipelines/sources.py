@@ -11,6 +11,7 @@ Every row goes through Ray as `row_key` (string), `row_number` (int64; its place
 from __future__ import annotations
 
 import base64
+import importlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,7 @@ import pyarrow.parquet as pq
 import ray.data
 
 from rayinfer.errors import ConfigError, nearest
-from rayinfer.pipelines.job import SourceSpec
+from rayinfer.pipelines.job import CatalogSpec, SourceSpec
 from rayinfer.pipelines.keys import KeyDigest, RowSet, find_duplicate, pack_rows, unpack_rows
 from rayinfer.pipelines.textfiles import Chunk, infer_type, merge_types, read_chunks, to_array
 
@@ -189,10 +190,12 @@ def list_source(spec: SourceSpec) -> Listing:
         raise ConfigError(f"source.uri = {uri!r}: {error}") from None
     if not infos:
         raise ConfigError(f"source.uri = {uri!r}: no file there")
-    if spec.format == "delta":
-        format, chosen = "parquet", _delta_files(spec, fs)
+    if spec.format in ("delta", "iceberg"):
+        format, chosen = "parquet", _table_files(spec, fs)
+        if outside := [file for file in chosen if file not in infos]:
+            raise ConfigError(f"source.uri = {uri!r}: the table's file {outside[0]!r} is not there; name its folder")
     elif spec.version is not None:
-        raise ConfigError(f"source.version = {spec.version}: only Delta tables have one; set source.format to delta")
+        raise ConfigError(f"source.version = {spec.version}: only tables have one; set source.format to delta")
     elif spec.format == "auto" and root == path.rstrip("/") and fs.exists(f"{root}/_delta_log"):
         raise ConfigError(f"source.uri = {uri!r}: a Delta table; set source.format to delta, or parquet for all files")
     else:
@@ -201,12 +204,22 @@ def list_source(spec: SourceSpec) -> Listing:
     return Listing(fs, root, format, chosen, tags, len(infos) - len(chosen))
 
 
-def _delta_files(spec: SourceSpec, fs: Any) -> list[str]:
+def _table_files(spec: SourceSpec, fs: Any) -> list[str]:
+    """Files of a table whose rows are simply those of its files. Raises ConfigError for any other."""
+    place = f"source.uri = {spec.uri!r}: the {spec.format} table"
     try:
-        from rayinfer.pipelines.delta import data_files
-    except ImportError:
-        raise ConfigError("source.format = 'delta': want deltalake: pip install 'rayinfer[delta]'") from None
-    return sorted(fs._strip_protocol(uri) for uri in data_files(spec.uri, spec.version))
+        files, has = importlib.import_module(f"rayinfer.pipelines.{spec.format}").data_files(spec)
+    except ImportError as error:
+        how = f"pip install 'rayinfer[{spec.format}]'"
+        raise ConfigError(f"source.format = {spec.format!r}: {error.name} is not installed: {how}") from None
+    except Exception as error:  # each library has errors of its own
+        text = (spec.catalog or CatalogSpec()).say(error)
+        raise ConfigError(f"{place} cannot be read: {text}") from None
+    if not files:
+        raise ConfigError(f"{place} has no rows at its version {spec.version or 'of now'}")
+    if reasons := [name for name, there in has.items() if there]:
+        raise ConfigError(f"{place} has {' and '.join(reasons)}, which are not read yet; write it as Parquet")
+    return sorted(fs._strip_protocol(uri) for uri in files)
 
 
 def _relative(file: str, root: str) -> str:
@@ -357,7 +370,8 @@ class ReadUnits:
     yields_blocks = True  # read by rayinfer.processors.ray_compat
 
     def __init__(self, census: Census):
-        self.spec, self.format, self.schema = census.spec, census.format, census.schema
+        self.spec = census.spec.model_copy(update={"catalog": None})  # its secrets stay with the driver
+        self.format, self.schema = census.format, census.schema
 
     def __call__(self, units: pa.Table) -> Iterator[pa.Table]:
         for unit in units.to_pylist():

@@ -21,10 +21,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from rayinfer.errors import ConfigError, bare_uri
+from rayinfer.errors import ConfigError
 from rayinfer.pipelines import store as stores
 from rayinfer.pipelines.identity import read_job
-from rayinfer.pipelines.job import SinkSpec
+from rayinfer.pipelines.job import CatalogSpec, SinkSpec
 from rayinfer.pipelines.log import CommitLog, OutputTakenError, Part, part_ids
 from rayinfer.pipelines.store import Store
 
@@ -146,11 +146,7 @@ class Table:
             yield batch.column(0).cast(pa.string()).to_pylist()
 
     def say(self, error: Exception) -> str:
-        """The first line of an error, without the catalog's secrets."""
-        text = f"{type(error).__name__}: {error}".partition("\n")[0]
-        for secret in self.sink.catalog.properties.values() if self.sink.catalog else ():
-            text = text.replace(secret.get_secret_value() or "\n", "***")
-        return bare_uri(text)
+        return (self.sink.catalog or CatalogSpec()).say(error)
 
 
 def _holds(wide: pa.DataType, narrow: pa.DataType) -> bool:

@@ -55,7 +55,7 @@ def test_paths_are_relative_to_the_job_file(tmp_path, monkeypatch):
         ({"model": {"block_size": 16}}, r"job: model = .*: model_source is missing"),
         ({"model": None}, r"job: model = .*: Field required"),
         ({"source": {"uri": ""}}, r"job: source.uri = ''"),
-        ({"source": {"uri": "x", "format": "xml"}}, r"source.format = 'xml': .*'parquet', 'jsonl', 'csv' or 'delta'"),
+        ({"source": {"uri": "x", "format": "xml"}}, r"source.format = 'xml': .*'csv', 'delta' or 'iceberg'"),
         ({"prompt": None}, r"exactly one of prompt and messages"),
         ({"messages": [{"role": "user", "content": "x"}]}, r"exactly one of prompt and messages"),
         ({"prompt": None, "messages": [{"role": "boss", "content": "x"}]}, r"job: messages.0.role = 'boss'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from datetime import date, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -279,10 +280,55 @@ def test_a_delta_table_is_read_at_its_version(tmp_path):
     for version in (0, 1, 2):
         assert rows(version=version) == sorted(DeltaTable(uri, version=version).to_pyarrow_table()["id"].to_pylist())
     assert rows() == [0, 2, 3, 4, 5]
-    with pytest.raises(ConfigError, match=r"source.version = 1: only Delta tables have one"):
+    with pytest.raises(ConfigError, match=r"source.version = 1: only tables have one"):
         list_source(SourceSpec(uri=uri, format="parquet", version=1))
-    with pytest.raises(ConfigError, match=r"cannot be read as a Delta table"):
+    with pytest.raises(ConfigError, match=r"the delta table cannot be read"):
         list_source(SourceSpec(uri=uri, format="delta", version=9))
     write_deltalake(str(tmp_path / "parts"), pa.table({"id": [1], "day": ["a"]}), partition_by=["day"])
-    with pytest.raises(ConfigError, match=r"a Delta table with partitions, not read yet"):
+    with pytest.raises(ConfigError, match=r"the delta table has partitions, which are not read yet"):
         list_source(SourceSpec(uri=str(tmp_path / "parts"), format="delta"))
+
+
+def test_an_iceberg_table_is_read_at_its_snapshot(tmp_path):
+    uri, place = str(tmp_path / "in"), {"type": "sql", "uri": f"sqlite:///{tmp_path}/catalog.db"}
+    catalog = load_catalog("default", **place)
+    catalog.create_namespace("db")
+    schema = pa.schema([("id", pa.int64()), ("text", pa.string())])
+    theirs = catalog.create_table("db.rows", schema=schema, location=f"file://{uri}")
+    for first in (0, 3):
+        theirs.append(pa.table({"id": range(first, first + 3), "text": ["x"] * 3}, schema=schema))
+    theirs.delete("id = 1")  # its file is still in the folder, and no longer in the table
+
+    def spec(**fields) -> SourceSpec:
+        place["properties"] = {"token": SECRET}
+        fields = {"uri": uri, "table": "db.rows", **fields}
+        return SourceSpec(format="iceberg", id_column="id", catalog=place, **fields)
+
+    def ids(spec: SourceSpec) -> list[int]:
+        census = take_census(spec)
+        read = ReadUnits(census)
+        assert SECRET.encode() not in pickle.dumps(read)
+        tables = [table for unit in census.units for table in read.read(unit)]
+        return sorted(row["id"] for table in tables for row in table["source"].to_pylist())
+
+    snapshots = [snapshot.snapshot_id for snapshot in theirs.snapshots()]
+    assert len(snapshots) >= 3
+    for snapshot in snapshots:
+        want = theirs.scan(snapshot_id=snapshot).to_arrow()["id"].to_pylist()
+        assert ids(spec(version=snapshot)) == sorted(want)
+    assert ids(spec()) == [0, 2, 3, 4, 5]
+    job = {"prompt": "{{ text }}", "model": str(tmp_path), "sink": {"uri": str(tmp_path / "out")}}
+    job = JobSpec.parse({**job, "source": spec().model_dump()})
+    assert SECRET not in str(fingerprint(job, list_source(job.source)))
+    with pytest.raises(ConfigError, match="the iceberg table has no rows at its version 7"):
+        list_source(spec(version=7))
+    with pytest.raises(ConfigError, match="the iceberg table cannot be read: NoSuchTableError"):
+        list_source(spec(table="db.other"))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "x.parquet").touch()
+    with pytest.raises(ConfigError, match=r"file '.*' is not there; name its folder"):
+        list_source(spec(uri=str(tmp_path / "other")))
+    with theirs.update_schema() as update:
+        update.rename_column("text", "words")
+    with pytest.raises(ConfigError, match="the iceberg table has columns that were renamed, added or dropped, which"):
+        list_source(spec())
