@@ -46,12 +46,12 @@ class Stage(StrEnum):
 class RowError(ValueError):
     """One row cannot be answered. `type` goes to `error_type`, the text to `error_message`, so it is valid UTF-8.
 
-    `stage` goes to `error_stage`; None: whoever catches it knows.
+    `stage` goes to `error_stage`; None, or what is no Stage: whoever catches it knows.
     """
 
     def __init__(self, type: ErrorType, message: str, stage: str | None = None):
         super().__init__(message.encode(errors="backslashreplace").decode())
-        self.type, self.stage = type, stage
+        self.type, self.stage = type, Stage(stage) if str(stage) in {*Stage} else None
 
     def __reduce__(self):
         return (RowError, (self.type, str(self), self.stage))

@@ -105,6 +105,7 @@ def test_sampling_from_row():
 def test_row_error_travels():
     error = pickle.loads(pickle.dumps(RowError(ErrorType.NAN_LOGITS, "why", Stage.ENGINE)))
     assert (error.type, str(error), error.stage) == (ErrorType.NAN_LOGITS, "why", Stage.ENGINE)
+    assert RowError(ErrorType.NAN_LOGITS, "why", "nowhere").stage is None
 
 
 def test_long_values_stay_out_of_the_text():
