@@ -83,7 +83,7 @@ def error_values(error: RowError, stage: str) -> dict[str, str]:
 def error_of(row: Mapping[str, Any]) -> RowError | None:
     """The error that a row's columns hold, if they are ours."""
     kind, stage, message = map(row.get, ERROR_COLUMNS)
-    return RowError(ErrorType(kind), str(message), stage) if isinstance(kind, str) and kind in _TYPES else None
+    return RowError(ErrorType(kind), str(message), str(stage)) if isinstance(kind, str) and kind in _TYPES else None
 
 
 def _logprobs(positions: Sequence[Mapping[int, Logprob] | None] | None) -> list[list[dict[str, Any]] | None] | None:
