@@ -29,7 +29,8 @@ def bench(
 ) -> None:
     """Time rayinfer and its peers on the same rows, and say what the device would allow.
 
-    Every row generates a fixed number of tokens. Exit codes: 0; 1 an engine did not end well; 2 refused.
+    Every row generates a fixed number of tokens. Exit codes: 0; 1 an engine did not end well; 2 refused; 130
+    interrupted, with a report of what was timed until then.
     """
     from rayinfer.bench import report as timing
     from rayinfer.pipelines import cli
@@ -69,5 +70,7 @@ def bench(
         console.print(Text("no picture: it needs matplotlib, pip install 'rayinfer[bench]'"))
     for note in report["notes"]:
         Console(stderr=True).print(Text(note, style="yellow"), soft_wrap=True)
+    if timing.INTERRUPTED in report["notes"]:
+        raise typer.Exit(cli.INTERRUPTED)
     if any(name not in one["engines"] for one in report["workloads"] for name in chosen):
         raise typer.Exit(cli.INCOMPLETE)

@@ -14,7 +14,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +38,18 @@ def run_rayinfer(request: Line) -> Iterator[Line]:
     init, llm = _timed(lambda: LLM(request["model"], **options))
     engine = llm.engine
     more = {"kv_tokens": (engine.pool.num_blocks - 1) * engine.pool.block_size, "max_rows": engine.max_num_seqs}
-    lines = [
-        (work, {**line, **more, "steps": engine.snapshot().num_steps, "shape": _shape(engine)})
-        for work, line in _generate(rayinfer, llm, request, init)
-    ]
-    for (_, before), (work, line) in pairwise(lines):
+    num_steps: dict[str, int] = {}
+    before = 0
+    for work, line in _generate(rayinfer, llm, request, init):
+        done = engine.snapshot().num_steps
+        num_steps[work.name], before = done - before, done
+        if work is not request["warmup"]:
+            yield {**line, **more, "steps": num_steps[work.name], "shape": _shape(engine)}
+    for work in request["works"]:  # last: the times of all are there when this is cut short
         llm.reset_prefix_cache()
         for number, (row, params) in enumerate(zip(*_asked(rayinfer, work), strict=True)):
             engine.add(str(number), engine.inputs.encode({**row, "sampling_params": params}))
-        line = {**line, "steps": line["steps"] - before["steps"]}
-        yield {**line, "shares": _shares(engine, line["steps"])}
+        yield {"workload": work.name, "shares": _shares(engine, num_steps[work.name])}
 
 
 def run_vllm(request: Line) -> Iterator[Line]:

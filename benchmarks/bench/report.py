@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from rayinfer.config import EngineConfig
 from rayinfer.errors import ConfigError, RowError
 
 ENGINES = ("rayinfer", "vllm", "transformers")
+INTERRUPTED = "interrupted: what was timed until then"
 Line = dict[str, Any]
 
 
@@ -129,6 +131,8 @@ def choose_engines(names: str | None) -> list[str]:
 def run(bench: Bench, tell: Any = print) -> Line:
     """Run every engine in a process of its own; returns the report, which is plain values. `tell` shows progress.
 
+    KeyboardInterrupt ends it: the report is of what was timed until then, and a note says so.
+
     Raises:
         ConfigError: the model cannot be used.
     """
@@ -148,12 +152,13 @@ def run(bench: Bench, tell: Any = print) -> Line:
         "works": [asdict(work) for work in bench.works],
     }  # fmt: skip
     lines: list[Line] = []
-    for name in engines:
-        tell(f"running {name}")
-        found, failure = _run_engine(name, request, bench.timeout)
-        lines += found
-        if failure:
-            bench.notes.append(f"{name}: {failure}")
+    try:
+        for name in engines:
+            tell(f"running {name}")
+            if failure := _run_engine(name, request, bench.timeout, lines, tell):
+                bench.notes.append(f"{name}: {failure}")
+    except KeyboardInterrupt:
+        bench.notes.append(INTERRUPTED)
     return {
         "rayinfer": rayinfer.__version__, "date": datetime.date.today().isoformat(), "model": bench.config.model,
         "dtype": request["dtype"], "device": request["device"], "engines": engines, "notes": bench.notes,
@@ -161,8 +166,8 @@ def run(bench: Bench, tell: Any = print) -> Line:
     }  # fmt: skip
 
 
-def _run_engine(name: str, request: Line, timeout: float) -> tuple[list[Line], str]:
-    """The lines that an engine's process wrote, and why there are not more of them, if so."""
+def _run_engine(name: str, request: Line, timeout: float, lines: list[Line], tell: Any) -> str:
+    """Add the lines that an engine's process writes; returns why there are not more of them, if so."""
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder, file) for file in ("request.json", "result.jsonl", "log")]
         paths[0].write_text(json.dumps(request))
@@ -170,19 +175,31 @@ def _run_engine(name: str, request: Line, timeout: float) -> tuple[list[Line], s
         # With this process's path: this very rayinfer, also when it is not installed.
         code = "import json, sys; sys.path[:] = json.loads(sys.argv.pop()); from rayinfer.bench import engines"
         command = [sys.executable, "-c", f"{code}; engines.main()", name, *map(str, paths[:2])]
-        with paths[2].open("wb") as log:
+        until = time.monotonic() + timeout
+        with paths[2].open("wb") as log, paths[1].open() as results:
+
+            def take() -> None:
+                for line in map(json.loads, results):
+                    lines.append(line)
+                    if "output_tok_s" in line:
+                        tell(f"{name} {line['workload']}: {line['output_tok_s']:,.0f} output tokens/s")
+
             process = subprocess.Popen([*command, json.dumps(sys.path)], stdout=log, stderr=log, start_new_session=True)
             try:
-                failure = "" if process.wait(timeout) == 0 else f"ended with exit code {process.returncode}"
-            except subprocess.TimeoutExpired:
-                failure = f"stopped after {timeout:.0f} s; --timeout gives it more"
+                while process.poll() is None and time.monotonic() < until:
+                    time.sleep(0.2)
+                    take()
+                failure = f"ended with exit code {process.returncode}" if process.returncode else ""
+                if process.poll() is None:
+                    failure = f"stopped after {timeout:.0f} s; --timeout gives it more"
             finally:  # with what it started: vLLM has processes of its own
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
+                take()
         if failure:
             failure += "\n" + "\n".join(paths[2].read_text(errors="replace").splitlines()[-12:])
-        return [json.loads(line) for line in paths[1].read_text().splitlines()], failure
+        return failure
 
 
 def summarize(works: Sequence[Workload], lines: Sequence[Line]) -> Line:
@@ -192,7 +209,10 @@ def summarize(works: Sequence[Workload], lines: Sequence[Line]) -> Line:
     )
     found: list[Line] = []
     for work in works:
-        of = {line["engine"]: line for line in lines if line.get("workload") == work.name}
+        of: dict[str, Line] = {}
+        for line in lines:
+            if line.get("workload") == work.name:
+                of.setdefault(line["engine"], {}).update(line)
         one: Line = {
             "name": work.name, "rows": len(work.prompts), "sha256": work.digest(), "temperature": work.temperature,
             "input_tokens": work.num_input_tokens, "output_tokens": work.num_output_tokens, "engines": of, "ratios": {},

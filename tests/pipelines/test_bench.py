@@ -13,6 +13,7 @@ from rayinfer.bench import report as bench
 from rayinfer.bench.engines import part_of
 from rayinfer.bench.roofline import Ceilings, Shape, bounds
 from rayinfer.bench.workloads import Workload
+from rayinfer.config import EngineConfig
 from rayinfer.errors import ConfigError
 
 LLAMA = Shape(32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336), 32, 4096, 14336, 32, 8, 128, 128256)
@@ -135,3 +136,32 @@ def test_a_run_from_the_command_line(cli, model_path, tmp_path):
     assert sum(one["shares"].values()) == pytest.approx(1, abs=1e-6)
     assert list(one["shares"]) == ["attention", "gemm", "small", "host"]
     assert one["bounds"]["A"] >= one["bounds"]["B"] >= one["bounds"]["C"] > 0
+
+
+def test_lines_of_an_engine_are_one():
+    """Times come first, shares at the end: an engine that is cut short has its times."""
+    work = Workload("one", [[300, 301]], [4])
+    ours = {"kv_tokens": 1000, "max_rows": 8, "shape": vars(LLAMA)}
+    lines = [_line("rayinfer", work, 30.0, **ours)]
+    assert "shares" not in bench.summarize([work], lines)["workloads"][0]["engines"]["rayinfer"]
+    lines.append({"engine": "rayinfer", "workload": "one", "shares": {"gemm": 1.0}})
+    (one,) = bench.summarize([work], lines)["workloads"]
+    assert one["shares"] == {"gemm": 1.0}
+    assert one["engines"]["rayinfer"]["output_tok_s"] == 30.0
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_reports_what_it_timed(model_path):
+    config = EngineConfig.parse(model=str(model_path), device="cpu")
+    works = [Workload("one", [[3, 4]], [3]), Workload("two", [[5] * 20] * 5000, [20] * 5000)]
+    planned = bench.Bench(config, works, ["transformers"])
+
+    def tell(text):
+        if "one" in text:
+            raise KeyboardInterrupt
+
+    report = bench.run(planned, tell)
+    assert report["notes"] == [bench.INTERRUPTED]
+    first, second = report["workloads"]
+    assert first["engines"]["transformers"]["output_tok_s"] > 0
+    assert second["engines"] == {}
