@@ -35,14 +35,8 @@ SAMPLES_PER_PART = 3
 SAMPLE_CHARS = 400
 
 # What the engine adds to every row, good or bad; log-probabilities only if the job asks for them.
-RESULTS: tuple[str, ...] = (
-    "generated_text",
-    "finish_reason",
-    "num_input_tokens",
-    "num_generated_tokens",
-    "num_cached_tokens",
-)
-RESULTS += (*ERROR_COLUMNS, "attempts")
+_TOKENS = ("num_input_tokens", "num_generated_tokens", "num_cached_tokens")
+RESULTS = ("generated_text", "finish_reason", *_TOKENS, *ERROR_COLUMNS, "attempts")
 
 
 class PartWriter:
@@ -146,7 +140,7 @@ def flatten(batch: pa.Table, schema: pa.Schema) -> pa.Table:
 
 def _counts(table: pa.Table) -> dict[str, Any]:
     errors = Counter(value for value in table["error_type"].to_pylist() if value is not None)
-    tokens = {name: pc.sum(table[name]).as_py() or 0 for name in RESULTS if name.startswith("num_")}
+    tokens = {name: pc.sum(table[name]).as_py() or 0 for name in _TOKENS}
     return {"errors": dict(errors), **tokens}
 
 
