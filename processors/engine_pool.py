@@ -127,11 +127,12 @@ class EnginePool:
         """
         with self._lock:
             self._config, self._joined = self._config or place.config, time.monotonic()
-            if place.config != self._config:
-                raise ConfigError(
-                    f"engine_pool = {place.pool!r}: processors that share engines want the same model and "
-                    f"engine_kwargs, but {place.config!r} is not {self._config!r}; give one of them another name"
+            pairs = {name: (value, getattr(place.config, name)) for name, value in self._config}
+            if wrong := [f"{name} is {a!r} and {b!r}" for name, (a, b) in pairs.items() if a != b]:
+                text = (
+                    f"engine_pool = {place.pool!r}: processors that share engines want the same settings, but "
                 )
+                raise ConfigError(f"{text}{', '.join(wrong)}; give one of them another name")
             for engine in self._engines:
                 engine.users.pop(user, None)
             best = min(self._engines, key=lambda e: (place.processor in e.users.values(), len(e.users)), default=None)
