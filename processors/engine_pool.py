@@ -129,9 +129,7 @@ class EnginePool:
             self._config, self._joined = self._config or place.config, time.monotonic()
             pairs = {name: (value, getattr(place.config, name)) for name, value in self._config}
             if wrong := [f"{name} is {a!r} and {b!r}" for name, (a, b) in pairs.items() if a != b]:
-                text = (
-                    f"engine_pool = {place.pool!r}: processors that share engines want the same settings, but "
-                )
+                text = f"engine_pool = {place.pool!r}: processors that share engines want the same settings, but "
                 raise ConfigError(f"{text}{', '.join(wrong)}; give one of them another name")
             for engine in self._engines:
                 engine.users.pop(user, None)
