@@ -94,7 +94,8 @@ def collect_all(
 class _Round:
     def __init__(self, log: CommitLog, writes: RayWrites, sink: SinkSpec, committed: Callable[[Written], None]):
         self.log, self.writes, self.sink, self.committed = log, writes, sink, committed
-        self.group: list[Block] = []
+        self.group: list[Any] = []  # references of the blocks that are to be a part
+        self.num_rows = self.num_bytes = 0  # of the group
         self.oldest = 0.0  # when the group's first block came
         self.running: dict[Any, list[Any]] = {}  # write task -> its blocks, kept until they are committed
 
@@ -120,19 +121,18 @@ class _Round:
     def _gather(self, block: Block | None) -> None:
         if block is not None:
             self.oldest = self.oldest if self.group else time.monotonic()
-            self.group.append(block)
+            self.group.append(block[0])
+            self.num_rows, self.num_bytes = self.num_rows + block[1], self.num_bytes + block[2]
 
     def _is_due(self) -> bool:
-        rows, num_bytes = (sum(block[i] for block in self.group) for i in (1, 2))
         waited = time.monotonic() - self.oldest
         late = waited >= self.sink.flush_seconds or (waited >= LAST_SECONDS and self.writes.hurry())
-        return rows >= self.sink.rows_per_part or num_bytes >= PART_BYTES or late
+        return self.num_rows >= self.sink.rows_per_part or self.num_bytes >= PART_BYTES or late
 
     def _flush(self) -> None:
         if self.group:
-            references = [block[0] for block in self.group]
-            self.running[self.writes.start(None, references)] = references
-            self.group.clear()
+            self.running[self.writes.start(None, self.group)] = self.group
+            self.group, self.num_rows, self.num_bytes = [], 0, 0
 
     def _settle(self, seconds: float) -> None:
         """Commit what the tasks that have ended wrote."""

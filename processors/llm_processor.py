@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 INPUTS = ("messages", "prompt", "prompt_token_ids")
 MIN_ROWS_PER_BLOCK = 4
+MIN_BLOCK_SECONDS = 0.05
 BLOCK_SECONDS = 1.0  # a finished row waits no longer for others to share its block
 
 keep_yielded_blocks()
@@ -149,7 +150,7 @@ class LLMProcessor:
         """Rows of whatever call, until as many were handed on as all calls up to this one brought, `last`.
 
         One call at a time gathers them, for a second or a quarter of what is under way: all at once would make blocks
-        of few rows, and end together.
+        of few rows, and end together. A block takes at least 50 ms: each costs Ray some.
         """
         while True:
             with self._turn:
@@ -178,11 +179,12 @@ class LLMProcessor:
 
     def _gather(self, seconds: float) -> list[_Done]:
         assert self._done is not None
-        deadline = time.monotonic() + seconds
-        num_left = self._num_brought - self._num_given
+        begin, num_left = time.monotonic(), self._num_brought - self._num_given
         entries: list[_Done] = []
-        while len(entries) < min(num_left, max(MIN_ROWS_PER_BLOCK, num_left // 4)):
-            entry = self._next(self._done, max(0.0, deadline - time.monotonic()))
+        while len(entries) < num_left:
+            few = len(entries) < max(MIN_ROWS_PER_BLOCK, num_left // 4)
+            until = begin + (seconds if few else min(seconds, MIN_BLOCK_SECONDS))
+            entry = self._next(self._done, max(0.0, until - time.monotonic()))
             if entry is None:
                 break
             entries.append(entry)
