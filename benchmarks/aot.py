@@ -65,8 +65,8 @@ def _cases() -> dict[str, Callable[[], object]]:
         q = _meta(tokens, heads, dim, dtype=dtype)
         layer = dict(scale=1.0, sliding_window=window, softcap=softcap)
 
-        def decode(q=q, cache=cache, layer=layer, **options):
-            paged_decode(q[:rows], cache, cache, table, lens, **layer, **options)
+        def decode(q=q, cache=cache, layer=layer):
+            paged_decode(q[:rows], cache, cache, table, lens, **layer)
 
         def prefix(q=q, cache=cache, softcap=softcap):
             inputs = (q[:rows], cache, cache, table)
@@ -94,8 +94,6 @@ def _cases() -> dict[str, Callable[[], object]]:
         cases[f"prefill {name}"] = prefill
         cases[f"prefill {name} fixed"] = fixed
         cases[f"rope {name}"] = rope
-    llama = cases["decode llama-8b"]
-    cases["decode llama-8b unsplit"] = lambda: llama(num_programs=0)  # type: ignore[call-arg]
     cache, kv = _meta(4096, 8, 16, 128).transpose(1, 2), _meta(tokens, 8, 128)
     cases["write_kv"] = lambda: write_kv(kv, kv, cache, cache, slots)
     x, weight = _meta(tokens, 4096), _meta(4096)

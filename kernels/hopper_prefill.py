@@ -101,6 +101,14 @@ def _softmax(score_MN, max_M, sum_M, tile, masked_from, pos_M, scale, BLOCK_N: g
 
 
 @gluon.jit
+def _product(a, b, full, turn, acc, ADD: gl.constexpr):
+    """Begin a (+)= a b once the tile of this turn is there."""
+    mbarrier.wait(full.index(turn % full.shape[0]), turn // full.shape[0] & 1)
+    fence_async_shared()
+    return warpgroup_mma(a, b, acc, use_acc=ADD, is_async=True)
+
+
+@gluon.jit
 def _consume(target, rows, scale, q_smem, buffers, GROUP: gl.constexpr, HALF: gl.constexpr):
     """The warps that compute one half of each query tile."""
     q_ptr, out_ptr, q_strides, out_strides = target
@@ -142,41 +150,27 @@ def _consume(target, rows, scale, q_smem, buffers, GROUP: gl.constexpr, HALF: gl
             sum_M = gl.zeros([BLOCK_M], gl.float32, layout=gl.SliceLayout(1, SCORE))
             acc_MD = gl.zeros([BLOCK_M, HEAD_DIM], gl.float32, layout=ACC)
 
-            mbarrier.wait(k_full.index(turn % STAGES), turn // STAGES & 1)
-            fence_async_shared()
-            score = warpgroup_mma(
-                q_smem, k_smem.index(turn % STAGES).permute((1, 0)), zero_MN, use_acc=False, is_async=True
-            )
+            score = _product(q_smem, k_smem.index(turn % STAGES).permute((1, 0)), k_full, turn, zero_MN, False)
             score_MN = warpgroup_mma_wait(0, deps=(score,))
             mbarrier.arrive(k_empty.index(turn % STAGES))
             p_MN, max_M, sum_M, decay_M = _softmax(score_MN, max_M, sum_M, 0, masked_from, pos_M, scale, BLOCK_N, SCORE)
             p_MN = gl.convert_layout(p_MN.to(dtype), PROB)
             for tile in range(1, num_tiles):
-                old = turn % STAGES
-                old_phase = turn // STAGES & 1
-                turn += 1
-                stage = turn % STAGES
-                mbarrier.wait(k_full.index(stage), turn // STAGES & 1)
-                fence_async_shared()
-                score = warpgroup_mma(
-                    q_smem, k_smem.index(stage).permute((1, 0)), zero_MN, use_acc=False, is_async=True
-                )
-                mbarrier.wait(v_full.index(old), old_phase)
-                fence_async_shared()
-                acc = warpgroup_mma(p_MN, v_smem.index(old), acc_MD, is_async=True)
+                k_DN = k_smem.index((turn + 1) % STAGES).permute((1, 0))
+                score = _product(q_smem, k_DN, k_full, turn + 1, zero_MN, False)
+                acc = _product(p_MN, v_smem.index(turn % STAGES), v_full, turn, acc_MD, True)
                 score_MN = warpgroup_mma_wait(1, deps=(score,))
-                mbarrier.arrive(k_empty.index(stage))
-                new_p_MN, max_M, sum_M, decay_M = _softmax(
+                mbarrier.arrive(k_empty.index((turn + 1) % STAGES))
+                new_MN, max_M, sum_M, decay_M = _softmax(
                     score_MN, max_M, sum_M, tile, masked_from, pos_M, scale, BLOCK_N, SCORE
                 )
                 acc_MD = warpgroup_mma_wait(0, deps=(acc,))
-                mbarrier.arrive(v_empty.index(old))
+                mbarrier.arrive(v_empty.index(turn % STAGES))
+                turn += 1
                 acc_MD = acc_MD * gl.convert_layout(decay_M, gl.SliceLayout(1, ACC))[:, None]
-                p_MN = gl.convert_layout(new_p_MN.to(dtype), PROB)
+                p_MN = gl.convert_layout(new_MN.to(dtype), PROB)
 
-            mbarrier.wait(v_full.index(turn % STAGES), turn // STAGES & 1)
-            fence_async_shared()
-            acc = warpgroup_mma(p_MN, v_smem.index(turn % STAGES), acc_MD, is_async=True)
+            acc = _product(p_MN, v_smem.index(turn % STAGES), v_full, turn, acc_MD, True)
             acc_MD = warpgroup_mma_wait(0, deps=(acc,))
             mbarrier.arrive(v_empty.index(turn % STAGES))
             turn += 1

@@ -44,31 +44,24 @@ def _decode_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, part_ptr, lse_ptr, task_ptr, table_ptr, seq_lens_ptr, shared_len_ptr, prefix_ptr,
     prefix_lse_ptr, num_rows, q_strides, out_strides, table_stride, k_strides, v_strides, scale, softcap,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SPLIT: tl.constexpr, MIN_TILES: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, MIN_TILES: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Tiles are numbered over (row, KV head, tile of the row); program i takes numbers [i * share, (i + 1) * share)."""
     pid = tl.program_id(0)
-    if SPLIT:
-        row_B = tl.arange(0, BLOCK_B)
-        len_B = tl.load(seq_lens_ptr + row_B, mask=row_B < num_rows, other=0)
-        if shared_len_ptr is not None:
-            len_B -= tl.load(shared_len_ptr + row_B, mask=row_B < num_rows, other=0)
-        tiles_B = tl.where(row_B < num_rows, _num_tiles(len_B, WINDOW, BLOCK_N), 0) * NUM_KV_HEADS
-        end_B = tl.cumsum(tiles_B, 0)
-        total = tl.sum(tiles_B, 0)
-        share = tl.maximum(tl.cdiv(total, tl.num_programs(0)), MIN_TILES)
-        at = pid * share
-        stop = tl.minimum(at + share, total)
-        row = tl.sum((end_B <= at).to(tl.int32), 0)
-        row_start = tl.sum(tl.where(row_B < row, tiles_B, 0), 0)
-        tl.store(task_ptr + 2 * pid, -1)
-    else:
-        row = pid // NUM_KV_HEADS
-        row_start = 0
-        share = _num_tiles(tl.load(seq_lens_ptr + row), WINDOW, BLOCK_N)
-        at = (pid % NUM_KV_HEADS) * share
-        stop = at + share
+    row_B = tl.arange(0, BLOCK_B)
+    len_B = tl.load(seq_lens_ptr + row_B, mask=row_B < num_rows, other=0)
+    if shared_len_ptr is not None:
+        len_B -= tl.load(shared_len_ptr + row_B, mask=row_B < num_rows, other=0)
+    tiles_B = tl.where(row_B < num_rows, _num_tiles(len_B, WINDOW, BLOCK_N), 0) * NUM_KV_HEADS
+    end_B = tl.cumsum(tiles_B, 0)
+    total = tl.sum(tiles_B, 0)
+    share = tl.maximum(tl.cdiv(total, tl.num_programs(0)), MIN_TILES)
+    at = pid * share
+    stop = tl.minimum(at + share, total)
+    row = tl.sum((end_B <= at).to(tl.int32), 0)
+    row_start = tl.sum(tl.where(row_B < row, tiles_B, 0), 0)
+    tl.store(task_ptr + 2 * pid, -1)
 
     m_M = tl.arange(0, BLOCK_M)
     d_D = tl.arange(0, BLOCK_D)
@@ -156,10 +149,9 @@ def paged_decode(
         seq_lens_B: int32, cached tokens of each row, the query's own included; a row of 0 gets zeros and reads nothing.
         scale: factor of q . k; `sliding_window` and `softcap` as in `LayerSpec`.
         out_BHD: where to write; a new tensor by default.
-        num_programs: how many programs share the tiles; default by device. 0: one for each row and KV head, never
-            split, so that a row's result does not depend on the batch.
+        num_programs: how many programs share the tiles; default by device.
         shared_len_B: int32, tokens at the front of each row, a multiple of S below seq_len or 0, whose attention is
-            `prefix`, what `shared_prefix` returned. Neither with a window nor with num_programs=0.
+            `prefix`, what `shared_prefix` returned. Not with a window.
 
     Returns:
         The output, [B, H, D] of q's dtype; accumulation is in float32.
@@ -176,13 +168,9 @@ def paged_decode(
         return out_BHD
     block_m, block_d = (max(16, triton.next_power_of_2(size)) for size in (group, head_dim))
     block_n, num_warps, num_stages, programs_per_sm = _launch_shape(block_m, block_d, q_BHD.element_size())
-    split = num_programs != 0
-    assert shared_len_B is None or (prefix[0] is not None and split and not sliding_window)
-    if num_programs is None:
-        num_programs = programs_per_sm * num_processors(device)
-    if not split:
-        num_programs = num_rows * num_kv_heads
-    num_parts = 2 * num_programs if split else 0
+    assert shared_len_B is None or (prefix[0] is not None and not sliding_window)
+    num_programs = num_programs or programs_per_sm * num_processors(device)
+    num_parts = 2 * num_programs
     part = torch.empty(num_parts, group, head_dim, device=device, dtype=torch.float32)
     lse = torch.empty(num_parts, group, device=device, dtype=torch.float32)
     task = torch.empty(num_parts, device=device, dtype=torch.int32)
@@ -194,14 +182,12 @@ def paged_decode(
         PAGE=k_NSKD.shape[1],
         WINDOW=sliding_window or 0,
         SOFTCAP=bool(softcap),
-        SPLIT=split,
         MIN_TILES=_MIN_TILES,
-        BLOCK_B=max(1024, triton.next_power_of_2(num_rows)) if split else 1,  # one kernel for all but huge batches
+        BLOCK_B=max(1024, triton.next_power_of_2(num_rows)),  # one kernel for all but huge batches
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         **shape, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
-    if split:
-        outputs = (out_BHD, None, out_BHD.stride()[:2])
-        merge_kernel[(num_programs, group)](part, lse, task, *outputs, **shape, BLOCK_P=16, num_warps=2)
+    outputs = (out_BHD, None, out_BHD.stride()[:2])
+    merge_kernel[(num_programs, group)](part, lse, task, *outputs, **shape, BLOCK_P=16, num_warps=2)
     return out_BHD

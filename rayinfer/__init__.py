@@ -7,17 +7,9 @@ from rayinfer.sampling import SamplingParams
 
 __version__ = "0.1.0"
 __all__ = [
-    "LLM",
-    "CompletionOutput",
-    "ConfigError",
-    "EngineConfig",
-    "ErrorType",
-    "Logprob",
-    "RequestOutput",
-    "RowError",
-    "SamplingParams",
-    "UnsupportedModelError",
-]
+    "LLM", "CompletionOutput", "ConfigError", "EngineConfig", "ErrorType", "Logprob", "RequestOutput", "RowError",
+    "SamplingParams", "UnsupportedModelError",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> object:

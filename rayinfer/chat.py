@@ -52,11 +52,9 @@ def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
 
 
 _SANDBOX = Sandbox(
-    filters={"tojson": _to_json},
-    trim_blocks=True,
-    lstrip_blocks=True,
+    filters={"tojson": _to_json}, trim_blocks=True, lstrip_blocks=True,
     extensions=[_Generation, "jinja2.ext.loopcontrols"],
-)
+)  # fmt: skip
 _SANDBOX.globals.update(raise_exception=_refuse, strftime_now=lambda form: datetime.now().strftime(form))
 
 

@@ -61,14 +61,9 @@ class Engine:
             for backend in (prefill, decode):
                 backend.check(spec, self.model.dtype, config.block_size)
         self.runner = Runner(
-            self.model,
-            prefill,
-            decode,
-            max_num_seqs=self.max_num_seqs,
-            max_model_len=self.max_model_len,
-            block_size=config.block_size,
-            use_graphs=not config.enforce_eager,
-        )
+            self.model, prefill, decode, max_num_seqs=self.max_num_seqs, max_model_len=self.max_model_len,
+            block_size=config.block_size, use_graphs=not config.enforce_eager,
+        )  # fmt: skip
         num_blocks = num_kv_blocks(config, self.runner, self.max_num_seqs, self.max_num_batched_tokens)
         self._fit_model_len((num_blocks - 1) * config.block_size)
         self.runner.allocate(num_blocks)
@@ -271,26 +266,19 @@ class Engine:
         if self.tokenizer is not None and params.detokenize and request.error_type is None:
             text = final_text(self.tokenizer, request)
         completion = CompletionOutput(
-            index=0,
-            text=text,
-            token_ids=request.output_token_ids,
+            index=0, text=text, token_ids=request.output_token_ids,
             logprobs=request.output_logprobs if params.logprobs is not None else None,
-            finish_reason=request.finish_reason,
-            stop_reason=request.stop_reason,
-        )
+            finish_reason=request.finish_reason, stop_reason=request.stop_reason,
+        )  # fmt: skip
         if completion.logprobs is not None:
             pairs = zip(completion.logprobs, completion.token_ids, strict=True)
             completion.cumulative_logprob = sum(entry[token].logprob for entry, token in pairs)
         return RequestOutput(
-            request_id=request.request_id,
-            prompt=request.prompt,
-            prompt_token_ids=request.prompt_token_ids,
-            outputs=[completion],
-            num_cached_tokens=max(request.num_cached_tokens, 0),
+            request_id=request.request_id, prompt=request.prompt, prompt_token_ids=request.prompt_token_ids,
+            outputs=[completion], num_cached_tokens=max(request.num_cached_tokens, 0),
             prompt_logprobs=request.prompt_logprobs if params.prompt_logprobs is not None else None,
-            error_type=request.error_type,
-            error_message=request.error_message,
-        )
+            error_type=request.error_type, error_message=request.error_message,
+        )  # fmt: skip
 
     def _split_prompt_logprobs(self, step: Step, tops: TopLogprobs | None) -> None:
         """Give prompt log-probabilities to the rows whose chunks they belong to."""

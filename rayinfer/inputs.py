@@ -55,11 +55,9 @@ class InputProcessor:
     """
 
     def __init__(
-        self,
-        config: EngineConfig,
-        chat_template: str | None = None,
+        self, config: EngineConfig, chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
-    ):
+    ):  # fmt: skip
         self.info = inspect_model(config)
         self.tokenizer = load_tokenizer(config)
         max_model_len = config.max_model_len or self.info.max_position_embeddings

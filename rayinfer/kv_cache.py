@@ -130,20 +130,6 @@ class BlockPool:
         self._known.clear()
         self._key_of = [None] * self.num_blocks
 
-    def check_integrity(self, requests: Sequence[Request]) -> None:
-        """Raise RuntimeError, with the numbers, if blocks were lost, doubled or miscounted."""
-        used = [0] * self.num_blocks
-        for request in requests:
-            for block in request.blocks:
-                used[block] += 1
-        wrong = [(b, used[b], self.ref_count[b]) for b in range(1, self.num_blocks) if used[b] != self.ref_count[b]]
-        idle = sum(count == 0 for count in used[1:])
-        if wrong or idle != self.num_free:
-            raise RuntimeError(
-                f"KV blocks do not add up: {self.num_free} free of {self.num_blocks - 1}, {idle} without an owner; "
-                f"(block, owners, ref_count) that differ: {wrong[:8]}"
-            )
-
     def _forget(self, block: int) -> None:
         key = self._key_of[block]
         if key is not None:

@@ -33,13 +33,10 @@ class LLM:
         self._num_calls = 0
 
     def generate(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        use_tqdm: bool = True,
+        self, prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *, use_tqdm: bool = True,
         on_error: str = "record",
-    ) -> list[RequestOutput]:
+    ) -> list[RequestOutput]:  # fmt: skip
         """Generate for each prompt; results are in the order of the prompts.
 
         Args:
@@ -52,15 +49,10 @@ class LLM:
         return self._run(rows, sampling_params, self.engine.inputs, use_tqdm, on_error)
 
     def chat(
-        self,
-        messages: Sequence[Any],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        chat_template: str | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        use_tqdm: bool = True,
-        on_error: str = "record",
-    ) -> list[RequestOutput]:
+        self, messages: Sequence[Any], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *,
+        chat_template: str | None = None, chat_template_kwargs: Mapping[str, Any] | None = None,
+        use_tqdm: bool = True, on_error: str = "record",
+    ) -> list[RequestOutput]:  # fmt: skip
         """Generate for one conversation (a list of {role, content}) or for a list of them."""
         if messages and isinstance(messages[0], Mapping):
             messages = [messages]
@@ -76,13 +68,9 @@ class LLM:
         self.engine.reset_prefix_cache()
 
     def _run(
-        self,
-        rows: list[dict[str, Any]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
-        inputs: InputProcessor,
-        use_tqdm: bool,
-        on_error: str,
-    ) -> list[RequestOutput]:
+        self, rows: list[dict[str, Any]], sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        inputs: InputProcessor, use_tqdm: bool, on_error: str,
+    ) -> list[RequestOutput]:  # fmt: skip
         if on_error not in ("record", "raise"):
             raise ConfigError(f"on_error = {on_error!r}: 'record' or 'raise'")
         if isinstance(sampling_params, Sequence) and len(sampling_params) != len(rows):

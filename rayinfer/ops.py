@@ -74,22 +74,11 @@ def act_mul(x_T2I: torch.Tensor, kind: str) -> torch.Tensor:
 
 
 def qk_norm_rope_write(
-    qkv_TC: torch.Tensor,
-    cos_MR: torch.Tensor,
-    sin_MR: torch.Tensor,
-    positions_T: torch.Tensor,
-    slot_mapping_T: torch.Tensor,
-    k_NSKD: torch.Tensor,
-    v_NSKD: torch.Tensor,
-    *,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    q_weight: torch.Tensor | None = None,
-    k_weight: torch.Tensor | None = None,
-    eps: float = 1e-6,
+    qkv_TC: torch.Tensor, cos_MR: torch.Tensor, sin_MR: torch.Tensor, positions_T: torch.Tensor,
+    slot_mapping_T: torch.Tensor, k_NSKD: torch.Tensor, v_NSKD: torch.Tensor, *, num_heads: int, num_kv_heads: int,
+    head_dim: int, q_weight: torch.Tensor | None = None, k_weight: torch.Tensor | None = None, eps: float = 1e-6,
     gemma: bool = False,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Split merged QKV, norm q and k by head (if weights are given), rotate them, write k and v to the cache.
 
     Args:
@@ -127,12 +116,9 @@ def _rotate(x_TND: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor) -> 
 
 
 def write_kv(
-    k_TKD: torch.Tensor,
-    v_TKD: torch.Tensor,
-    k_NSKD: torch.Tensor,
-    v_NSKD: torch.Tensor,
+    k_TKD: torch.Tensor, v_TKD: torch.Tensor, k_NSKD: torch.Tensor, v_NSKD: torch.Tensor,
     slot_mapping_T: torch.Tensor,
-) -> None:
+) -> None:  # fmt: skip
     """Store keys and values at slot_mapping_T (block * S + offset); -1 writes nothing. Any strides of the cache."""
     if slot_mapping_T.numel() and slot_mapping_T.min() < 0:
         used = slot_mapping_T >= 0

@@ -256,17 +256,11 @@ def _pretrained(
 ) -> nn.Module:
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source.path,
-            config=hf_config,
-            dtype=dtype,
-            device_map=None if device.type == "cpu" else {"": device},
-            attn_implementation=ATTENTION,
-            trust_remote_code=config.trust_remote_code,
-            use_safetensors=None if source.gguf_file else config.load_format != "pt",
-            weights_only=True,
-            output_loading_info=True,
-            **source.hub_kwargs(),
-        )
+            source.path, config=hf_config, dtype=dtype, device_map=None if device.type == "cpu" else {"": device},
+            attn_implementation=ATTENTION, trust_remote_code=config.trust_remote_code,
+            use_safetensors=None if source.gguf_file else config.load_format != "pt", weights_only=True,
+            output_loading_info=True, **source.hub_kwargs(),
+        )  # fmt: skip
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, RuntimeError, UnpicklingError) as error:

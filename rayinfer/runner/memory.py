@@ -78,15 +78,8 @@ def _trial_plan(runner: Runner, max_num_seqs: int, num_tokens: int, greedy: bool
     num_decodes = num_rows if num_tokens == num_rows else 0
     rows = np.arange(num_rows, dtype=np.int32)
     return StepPlan(
-        slots=rows,
-        starts=np.zeros(num_rows, np.int32),
-        num_new=each,
-        num_decodes=num_decodes,
-        token_ids=np.zeros(int(each.sum()), np.int32),
-        samples=rows,
-        new_blocks=np.zeros((0, 3), np.int32),
-        new_rows=[(int(slot), 1.0, 0, 1.0, 0.0, 0) for slot in rows],
-        all_greedy=greedy,
-        banned=np.zeros((0, 2), np.int32),
-        shared_lens=np.zeros(num_decodes, np.int32),
-    )
+        slots=rows, starts=np.zeros(num_rows, np.int32), num_new=each, num_decodes=num_decodes,
+        token_ids=np.zeros(int(each.sum()), np.int32), samples=rows, new_blocks=np.zeros((0, 3), np.int32),
+        new_rows=[(int(slot), 1.0, 0, 1.0, 0.0, 0) for slot in rows], all_greedy=greedy,
+        banned=np.zeros((0, 2), np.int32), shared_lens=np.zeros(num_decodes, np.int32),
+    )  # fmt: skip

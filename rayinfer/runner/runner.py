@@ -80,16 +80,9 @@ class Runner:
     """
 
     def __init__(
-        self,
-        model: Model,
-        prefill: AttentionBackend,
-        decode: AttentionBackend,
-        *,
-        max_num_seqs: int,
-        max_model_len: int,
-        block_size: int,
-        use_graphs: bool,
-    ):
+        self, model: Model, prefill: AttentionBackend, decode: AttentionBackend, *, max_num_seqs: int,
+        max_model_len: int, block_size: int, use_graphs: bool,
+    ):  # fmt: skip
         self.model, self.prefill, self.decode = model, prefill, decode
         self.device, self.block_size, self.max_model_len = model.device, block_size, max_model_len
         self.sampler: Any = get_sampler(self.device)
@@ -149,11 +142,9 @@ class Runner:
         seq_lens = plan.starts + plan.num_new
         max_seq_len = int(seq_lens.max())
         ids_T, meta = self.prepare(
-            inputs,
-            num_decodes=plan.num_decodes,
-            max_seq_len=max_seq_len,
+            inputs, num_decodes=plan.num_decodes, max_seq_len=max_seq_len,
             max_query_len=int(plan.num_new[plan.num_decodes :].max(initial=1)),
-        )
+        )  # fmt: skip
         if len(plan.group_lens):
             meta.group_start_G1, meta.group_len_G, meta.shared_len_B = starts, lens, shared
         index_L = inputs.query_start_R1[1:].long()[samples_L] - 1
@@ -165,15 +156,11 @@ class Runner:
     def _as_decodes(self, meta: StepMeta, rows_L: torch.Tensor, index_L: torch.Tensor) -> StepMeta:
         """The same rows and lengths, as one query token each."""
         return StepMeta(
-            positions_T=meta.positions_T[index_L],
-            slot_mapping_T=meta.slot_mapping_T[index_L],
-            block_table_RP=meta.block_table_RP[rows_L],
-            seq_lens_R=meta.seq_lens_R[rows_L],
+            positions_T=meta.positions_T[index_L], slot_mapping_T=meta.slot_mapping_T[index_L],
+            block_table_RP=meta.block_table_RP[rows_L], seq_lens_R=meta.seq_lens_R[rows_L],
             query_start_R1=torch.arange(len(rows_L) + 1, dtype=torch.int32, device=self.device),
-            num_decodes=len(rows_L),
-            max_seq_len=meta.max_seq_len,
-            max_query_len=1,
-        )
+            num_decodes=len(rows_L), max_seq_len=meta.max_seq_len, max_query_len=1,
+        )  # fmt: skip
 
     def padded_groups(self, plan: StepPlan) -> tuple[np.ndarray, np.ndarray]:
         """Group starts [G + 1] and lengths [G] of a fixed size: empty groups fill it up."""
@@ -196,15 +183,12 @@ class Runner:
         slot_mapping_T = table_RP[row_T, positions_T // size].long() * size + positions_T % size
         ids_T = torch.where(inputs.token_ids_T < 0, self.last_token_S[slots_R[row_T]], inputs.token_ids_T)
         return ids_T, StepMeta(
-            positions_T=positions_T,
-            slot_mapping_T=torch.where(starts_T < 0, -1, slot_mapping_T),
+            positions_T=positions_T, slot_mapping_T=torch.where(starts_T < 0, -1, slot_mapping_T),
             block_table_RP=table_RP,
             seq_lens_R=torch.where(inputs.starts_R < 0, 0, inputs.starts_R + inputs.num_new_R),
-            query_start_R1=inputs.query_start_R1,
-            num_decodes=num_decodes,
-            max_seq_len=max_seq_len,
+            query_start_R1=inputs.query_start_R1, num_decodes=num_decodes, max_seq_len=max_seq_len,
             max_query_len=max_query_len,
-        )
+        )  # fmt: skip
 
     def _send(self, *arrays: np.ndarray) -> list[torch.Tensor]:
         """Copy int32 arrays to the device in one transfer; returns views of the arrays' shapes."""

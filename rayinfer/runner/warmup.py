@@ -51,12 +51,9 @@ def _meta(runner: Runner, num_decodes: int, max_query_len: int) -> StepMeta:
         positions_T=torch.zeros(2, dtype=torch.int64, device=runner.device),
         slot_mapping_T=torch.full((2,), -1, dtype=torch.int64, device=runner.device),
         block_table_RP=torch.ones(2, 1, dtype=torch.int32, device=runner.device),
-        seq_lens_R=torch.ones(2, dtype=torch.int32, device=runner.device),
-        query_start_R1=count,
-        num_decodes=num_decodes,
-        max_seq_len=1,
-        max_query_len=max_query_len,
-    )
+        seq_lens_R=torch.ones(2, dtype=torch.int32, device=runner.device), query_start_R1=count,
+        num_decodes=num_decodes, max_seq_len=1, max_query_len=max_query_len,
+    )  # fmt: skip
 
 
 def _attend(method: Callable[..., None], spec: LayerSpec, cache: LayerCache, meta: StepMeta) -> None:

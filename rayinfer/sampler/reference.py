@@ -16,14 +16,9 @@ def greedy(logits_RV: torch.Tensor) -> torch.Tensor:
 
 
 def sample(
-    logits_RV: torch.Tensor,
-    temperature_R: torch.Tensor,
-    top_k_R: torch.Tensor,
-    top_p_R: torch.Tensor,
-    min_p_R: torch.Tensor,
-    seed_R: torch.Tensor,
-    position_R: torch.Tensor,
-) -> torch.Tensor:
+    logits_RV: torch.Tensor, temperature_R: torch.Tensor, top_k_R: torch.Tensor, top_p_R: torch.Tensor,
+    min_p_R: torch.Tensor, seed_R: torch.Tensor, position_R: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
     """Draw one token a row: temperature, top-k, top-p over the rest, min-p, then Gumbel-max.
 
     Args:

@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from rayinfer import LLM
-from tests.engine.tiny import FAMILIES, TINY, Reference, save_model
+from tests.engine.tiny import FAMILIES, TINY, Reference, check_blocks, save_model
 
 MERGES = [("t", "h"), ("th", "e"), ("e", "n"), ("en", "d"), ("Ġ", "the"), ("Ċ", "Ċ"), ("Ã", "©")]
 
@@ -54,7 +54,7 @@ def check_idle(llm: LLM) -> None:
     engine = llm.engine
     assert not engine.has_work
     assert not engine.scheduler.has_work
-    engine.pool.check_integrity([])
+    check_blocks(engine.pool, [])
     assert engine.pool.num_free == engine.pool.num_blocks - 1
     assert engine.pool.usage == 0
 

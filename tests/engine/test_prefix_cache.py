@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from rayinfer import SamplingParams
 from rayinfer.kv_cache import BlockPool
 from rayinfer.request import Request
-from tests.engine.tiny import as_rows, ids_of, random_prompts
+from tests.engine.tiny import as_rows, check_blocks, ids_of, random_prompts
 
 NUM_BLOCKS, SIZE = 9, 2
 
@@ -90,7 +90,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @invariant()
     def blocks_add_up(self):
-        self.pool.check_integrity(self.rows)
+        check_blocks(self.pool, self.rows)
         assert self.pool.ref_count[0] == 0
         assert all(0 not in row.blocks for row in self.rows)
         used = {block for row in self.rows for block in row.blocks}
@@ -163,10 +163,10 @@ def test_least_recently_freed_goes_first():
 def test_integrity_check_sees_lost_and_doubled_blocks():
     pool = BlockPool(6, 2)
     row = _fill(pool, [1, 2, 3, 4])
-    pool.check_integrity([row])
+    check_blocks(pool, [row])
     for wrong in ([], [row, row]):
         with pytest.raises(RuntimeError, match="3 free of 5"):
-            pool.check_integrity(wrong)
+            check_blocks(pool, wrong)
 
 
 def test_hits_are_counted_and_change_no_token(make_llm):
@@ -197,7 +197,7 @@ def test_rows_of_one_step_hold_one_copy(make_llm):
         engine.add(str(i), engine.inputs.encode(row))
     engine.step()
     assert engine.pool.num_blocks - 1 - engine.pool.num_free == 4 + 6
-    engine.pool.check_integrity(engine.scheduler.running)
+    check_blocks(engine.pool, engine.scheduler.running)
     while engine.has_work:
         engine.step()
 

@@ -25,7 +25,7 @@ from rayinfer.runner import StepResult
 from rayinfer.runner.runner import TopLogprobs
 from rayinfer.sampling import SamplingParams
 from rayinfer.scheduler import DEVICE_TOKEN, Scheduler, StepPlan
-from tests.engine.tiny import EOS, TINY, as_rows, ids_of, random_prompts
+from tests.engine.tiny import EOS, TINY, as_rows, check_blocks, ids_of, random_prompts
 
 NAN = -1
 
@@ -246,7 +246,7 @@ def test_every_row_gets_its_tokens(engine, data):
         for output in engine.step():
             assert int(output.request_id) not in outputs
             outputs[int(output.request_id)] = output
-        engine.pool.check_integrity(engine.scheduler.running)
+        check_blocks(engine.pool, engine.scheduler.running)
         assert len(engine.scheduler.running) <= max_num_seqs
         if step >= arrivals[-1] and not engine.has_work:
             break

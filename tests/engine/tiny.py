@@ -80,3 +80,18 @@ def ids_of(outputs) -> list[list[int]]:
 
 def as_rows(prompts: list[list[int]]) -> list[dict]:
     return [{"prompt_token_ids": prompt} for prompt in prompts]
+
+
+def check_blocks(pool, requests) -> None:
+    """Fail, with the numbers, if blocks of a pool were lost, doubled or miscounted."""
+    used = [0] * pool.num_blocks
+    for request in requests:
+        for block in request.blocks:
+            used[block] += 1
+    wrong = [(b, used[b], pool.ref_count[b]) for b in range(1, pool.num_blocks) if used[b] != pool.ref_count[b]]
+    idle = sum(count == 0 for count in used[1:])
+    if wrong or idle != pool.num_free:  # raised, for pytest rewrites no assert of this module under python -O
+        raise RuntimeError(
+            f"KV blocks do not add up: {pool.num_free} free of {pool.num_blocks - 1}, {idle} without an owner; "
+            f"(block, owners, ref_count) that differ: {wrong[:8]}"
+        )
