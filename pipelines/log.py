@@ -84,10 +84,8 @@ class CommitLog:
                 for data in self.store.read_all(some):
                     self._apply(json.loads(data))
             except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
-                raise ConfigError(
-                    f"{self.folder}: an entry is missing or damaged ({error}); "
-                    "start afresh with --overwrite, or name another folder"
-                ) from None
+                text = f"{self.folder}: an entry is missing or damaged ({error}); give --overwrite to start afresh"
+                raise ConfigError(text) from None
 
     @property
     def num_missing(self) -> int:
@@ -122,10 +120,8 @@ class CommitLog:
         for part in parts:
             if self.store.size(part.name) != part.num_bytes:
                 self.check_last()  # else it was garbage
-                raise FileNotFoundError(
-                    f"{part.name}: a worker wrote it, but it is not in the output as the driver sees it; the folder "
-                    "must be one that all nodes share"
-                )
+                text = "a worker wrote it, but the driver does not see it; name a folder that all nodes share"
+                raise FileNotFoundError(f"{part.name}: {text}")
         self._append("commit", add=parts)
 
     def failed(self) -> list[str]:

@@ -107,10 +107,7 @@ def output_schema(census: Census, spec: JobSpec, format: int = FORMAT) -> pa.Sch
     results = [OUTPUT.field(name) for name in (*given, *asked)]
     for name in (*RESULTS, *WHEN_ASKED, *(column.name for column in added)):
         if name in names:
-            raise ConfigError(
-                f"sink.columns: the source has a column {name!r}, a name that the output uses; "
-                "leave it out with sink.columns"
-            )
+            raise ConfigError(f"sink.columns: {name!r} is a column of the output's own; leave out the source's")
     schema = pa.schema([*added, *(census.schema.field(name) for name in names), *results])
     for column in schema:
         if sink.file_format != "parquet" and not _fits_text(column.type, nested=sink.format == "jsonl"):
@@ -199,10 +196,7 @@ def check_sink(sink: SinkSpec, *, overwrite: bool) -> Store:
     if other:
         raise ConfigError(f"{place}: holds {other[0]!r}, which no job wrote; name an empty folder")
     if not overwrite and set(names) - {f"{META}/"} and read_job(store) is None:
-        raise ConfigError(
-            f"{place}: holds {names[-1]!r} of a job, but no {JOB} that says which; give --overwrite to remove it, or "
-            "name another folder"
-        )
+        raise ConfigError(f"{place}: holds {names[-1]!r}, but no {JOB}; give --overwrite, or name another folder")
     return store
 
 

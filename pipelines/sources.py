@@ -317,10 +317,8 @@ def _merge(schemas: Iterable[pa.Schema], files: list[str], spec: SourceSpec) -> 
                 kind = _PLAIN.get(column.type, column.type)
                 types[column.name] = merge_types(types.get(column.name, pa.null()), kind)
             except pa.ArrowException:
-                raise ConfigError(
-                    f"source.uri = {spec.uri!r}: column {column.name!r} is {column.type} in {file!r} but "
-                    f"{types[column.name]} in files before it; split the job"
-                ) from None
+                both = f"is {column.type} in {file!r} but {types[column.name]} in files before it"
+                raise ConfigError(f"source.uri = {spec.uri!r}: column {column.name!r} {both}; split the job") from None
     ids = [spec.id_column] if spec.id_column is not None else []
     for key, names in (("columns", spec.columns or []), ("id_column", ids)):
         for name in names:
@@ -353,10 +351,8 @@ def _digest_ids(census: Census, column: str) -> KeyDigest:
     digest = KeyDigest()
     duplicate = find_duplicate(keys, digest)
     if duplicate is not None:
-        raise ConfigError(
-            f"source.id_column = {column!r}: id {duplicate!r} is there more than once; ids must be unique "
-            "(leave id_column out to have a row_key made for every row)"
-        )
+        text = f"id {duplicate!r} is there more than once; leave id_column out to have a row_key made for every row"
+        raise ConfigError(f"source.id_column = {column!r}: {text}")
     return digest
 
 

@@ -156,10 +156,8 @@ def open_store(uri: str) -> Store:
         return LocalStore(fs, path.rstrip("/"))
     if protocols & _OBJECT_STORES:
         return Store(fs, path.rstrip("/"))
-    raise ConfigError(
-        f"uri = {uri!r}: no put-if-absent is known for {'/'.join(sorted(protocols))}, and rows could be lost without; "
-        "use a local or mounted folder, s3, gs or abfs"
-    )
+    text = f"no put-if-absent is known for {'/'.join(sorted(protocols))}, and rows could be lost without"
+    raise ConfigError(f"uri = {uri!r}: {text}; use a local or mounted folder, s3, gs or abfs")
 
 
 def _protocols(fs: Any) -> set[str]:

@@ -23,14 +23,10 @@ class EngineConfig(BaseModel):
     model: Annotated[str, Field(description="local folder, hub id, or a single .gguf file")]
     tokenizer: Annotated[str | None, Field(description="folder or hub id; default: the model's own")] = None
     revision: Annotated[str | None, Field(description="hub revision of model and tokenizer")] = None
-    dtype: Annotated[
-        Literal["auto", "float32", "float16", "bfloat16"],
-        Field(description="auto: the checkpoint's on a GPU (fp32 there becomes bf16), float32 on a CPU"),
-    ] = "auto"
+    # auto: the checkpoint's on a GPU (fp32 there becomes bf16), float32 on a CPU
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     device: Annotated[str, Field(description="auto: cuda if there is one, else cpu")] = "auto"
-    load_format: Annotated[
-        Literal["auto", "pt", "dummy"], Field(description="pt: pytorch_model.bin, a pickle; dummy: random weights")
-    ] = "auto"
+    load_format: Literal["auto", "pt", "dummy"] = "auto"  # pt: pytorch_model.bin, a pickle; dummy: random weights
     skip_tokenizer_init: Annotated[bool, Field(description="only prompt_token_ids in, no text out")] = False
     trust_remote_code: Annotated[bool, Field(description="run Python code from the model folder")] = False
     hf_overrides: Annotated[dict[str, Any], Field(description="model config fields to replace")] = {}

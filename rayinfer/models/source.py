@@ -58,10 +58,7 @@ def find_source(model: str, revision: str | None = None) -> Source:
         return Source(str(path.parent), path.name)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ConfigError(
-                f"model = {model!r}: the folder has no config.json; want a folder that save_pretrained wrote, "
-                "or one .gguf file"
-            )
+            raise ConfigError(f"model = {model!r}: no config.json in it; want what save_pretrained writes, or a .gguf")
         return Source(str(path))
     if path.exists():
         raise ConfigError(f"model = {model!r}: a file, but not a .gguf; want a folder, a hub id or a .gguf file")
