@@ -124,7 +124,7 @@ def test_a_log_of_many_rows_needs_little_memory():
 def test_the_log_refuses_what_cannot_be(output):
     log = CommitLog(output, "0" * 8, 10)
     log.start()
-    with pytest.raises(FileNotFoundError, match="the folder must be one that all nodes share"):
+    with pytest.raises(FileNotFoundError, match="name a folder that all nodes share"):
         log.commit([part_of("part-a", range(5))])
     output.put("part-a", b"x")
     log.commit([part_of("part-a", range(5))])
