@@ -22,11 +22,9 @@ from rayinfer.errors import ConfigError
 COMPLETE, INCOMPLETE, REFUSED, FAILED_ROWS, INTERRUPTED = 0, 1, 2, 3, 130
 
 app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Run an LLM over every row of a table, through Ray Data.",
-)
+)  # fmt: skip
 
 
 _Strict = Annotated[bool, typer.Option("--strict", help="Exit with 3 if any row failed.")]
@@ -42,11 +40,8 @@ def run(
     job: Annotated[Path, typer.Argument(help="Job file (YAML); its relative paths are relative to its folder.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output of an earlier job.")] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows of the source.")] = None,
-    strict: _Strict = False,
-    json_file: _Json = None,
-    address: _Address = None,
-    verbose: _Verbose = False,
-) -> None:
+    strict: _Strict = False, json_file: _Json = None, address: _Address = None, verbose: _Verbose = False,
+) -> None:  # fmt: skip
     """Answer every row of a table as JOB says, and write the answers as a table. Again: go on where it stopped.
 
     Exit codes: 0 complete; 1 incomplete, the same command goes on; 2 refused before the start; 3 failed rows
@@ -60,13 +55,9 @@ def run(
 
 @app.command()
 def replay(
-    output: _Output,
-    job: _JobFile = None,
-    strict: _Strict = False,
-    json_file: _Json = None,
-    address: _Address = None,
+    output: _Output, job: _JobFile = None, strict: _Strict = False, json_file: _Json = None, address: _Address = None,
     verbose: _Verbose = False,
-) -> None:
+) -> None:  # fmt: skip
     """Run the failed rows of a complete job again. Exit codes: as of `run`."""
     from rayinfer.pipelines.job import load_job
 

@@ -70,12 +70,9 @@ def _write(writer: PartWriter, only: np.ndarray | None, *blocks: Any) -> Written
 
 
 def collect_all(
-    blocks: Callable[[], Generator[Block, None, None]],
-    log: CommitLog,
-    writes: RayWrites,
-    sink: SinkSpec,
+    blocks: Callable[[], Generator[Block, None, None]], log: CommitLog, writes: RayWrites, sink: SinkSpec,
     committed: Callable[[Written], None],
-) -> None:
+) -> None:  # fmt: skip
     """Commit until no row is missing or some rounds brought none; what is finished is committed also when it fails.
 
     Args:

@@ -125,13 +125,10 @@ def claim_job(store: Store, spec: JobSpec, fingerprint: dict[str, Any], census: 
     for place in places:
         place |= {"uri": bare_uri(place["uri"])} if place.get("uri") else {}
     job = {
-        "id": uuid.uuid4().hex[:8],
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "replaces": sorted(part_ids(store.sizes()) | logs),
-        "fingerprint": fingerprint,
-        "job": public,
+        "id": uuid.uuid4().hex[:8], "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "replaces": sorted(part_ids(store.sizes()) | logs), "fingerprint": fingerprint, "job": public,
         "census": census.pack(),
-    }
+    }  # fmt: skip
     if claim(store, JOB, json.dumps(job).encode()):
         return job
     there = read_job(store)

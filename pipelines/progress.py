@@ -113,15 +113,11 @@ class Progress:
         rows, tokens_in, tokens_out = self.rates()
         stats, left = self._stats, self._num_rows - self.num_done
         return [
-            *([f"{stats['num_failed']:,} failed"] if stats.get("num_failed") else []),
-            f"{rows:,.1f} rows/s",
-            *([f"eta {clock(left / rows)}"] if rows > 0 and left else []),
-            f"out {tokens_out:,.0f} tok/s",
-            f"in {tokens_in:,.0f} tok/s",
-            f"running {stats.get('num_running', 0):,}",
-            f"waiting {stats.get('num_waiting', 0):,}",
-            f"KV {stats.get('kv_usage', 0.0):.0%}",
-        ]
+            *([f"{stats['num_failed']:,} failed"] if stats.get("num_failed") else []), f"{rows:,.1f} rows/s",
+            *([f"eta {clock(left / rows)}"] if rows > 0 and left else []), f"out {tokens_out:,.0f} tok/s",
+            f"in {tokens_in:,.0f} tok/s", f"running {stats.get('num_running', 0):,}",
+            f"waiting {stats.get('num_waiting', 0):,}", f"KV {stats.get('kv_usage', 0.0):.0%}",
+        ]  # fmt: skip
 
     def _render(self) -> RenderableType:
         if not self._started():

@@ -118,14 +118,9 @@ class RenderPrompt:
 
 
 def run_job(
-    spec: JobSpec,
-    *,
-    overwrite: bool = False,
-    replay: bool = False,
-    address: str | None = None,
-    verbose: bool = False,
-    console: Console | None = None,
-) -> JobResult:
+    spec: JobSpec, *, overwrite: bool = False, replay: bool = False, address: str | None = None,
+    verbose: bool = False, console: Console | None = None,
+) -> JobResult:  # fmt: skip
     """Run a job to its end, from where earlier runs of it came to.
 
     Args:
@@ -176,15 +171,9 @@ def run_job(
 
 
 def _work(
-    plan: Plan,
-    result: JobResult,
-    times: _Times,
-    console: Console,
-    *,
-    overwrite: bool,
-    replay: bool,
+    plan: Plan, result: JobResult, times: _Times, console: Console, *, overwrite: bool, replay: bool,
     cluster: tuple[str | None, bool],
-) -> CommitLog:
+) -> CommitLog:  # fmt: skip
     """Compute and commit what is missing; returns the log."""
     log = plan.log
     if log is not None and not (log.num_missing or replay):
@@ -337,11 +326,9 @@ def _ray(address: str | None, verbose: bool) -> Iterator[None]:
         handler = signal.getsignal(signal.SIGTERM)
         with nullcontext() if verbose else _hushed_core():
             ray.init(
-                address=address or "local",
-                include_dashboard=None if address else False,
-                log_to_driver=verbose,
+                address=address or "local", include_dashboard=None if address else False, log_to_driver=verbose,
                 logging_level=logging.INFO if verbose else logging.CRITICAL,
-            )
+            )  # fmt: skip
         if handler is not None and threading.current_thread() is threading.main_thread():  # ray.init put its own there
             signal.signal(signal.SIGTERM, handler)
     context, logger = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
@@ -382,12 +369,9 @@ def _dataset(plan: Plan, board: Any, log: CommitLog | None) -> ray.data.Dataset:
     """What is to be done for the rows that the log lacks, as a lazy dataset of finished rows."""
     spec = plan.spec
     config = EngineProcessorConfig(
-        model_source=spec.model.model,
-        engine_kwargs=spec.model.model_dump(exclude_unset=True, exclude={"model"}),
-        sampling_params=spec.sampling,
-        on_error=spec.on_error,
-        **spec.processor.model_dump(exclude_none=True),
-    )
+        model_source=spec.model.model, engine_kwargs=spec.model.model_dump(exclude_unset=True, exclude={"model"}),
+        sampling_params=spec.sampling, on_error=spec.on_error, **spec.processor.model_dump(exclude_none=True),
+    )  # fmt: skip
     processor = build_processor(config, preprocess=RenderPrompt(spec.template()), stats_actor=board)
     processor = replace(processor, any_rows=True)  # rows that Ray doubles or loses for it are found by number
     units = plan.census.units_left(log.done) if log and log.num_missing else plan.census.units

@@ -113,14 +113,11 @@ class Census:
         """As JSON, so that a resumed job need not read its source to count it."""
         digest = self.key_digest()
         return {
-            "format": self.format,
-            "schema": base64.b64encode(self.schema.serialize()).decode(),
-            "num_rows": self.num_rows,
-            "keys": digest.hex(),
-            "num_files": self.num_files,
+            "format": self.format, "schema": base64.b64encode(self.schema.serialize()).decode(),
+            "num_rows": self.num_rows, "keys": digest.hex(), "num_files": self.num_files,
             "num_skipped_files": self.num_skipped_files,
             "units": [[unit.file, unit.name, unit.first_row, unit.num_rows, unit.first_group] for unit in self.units],
-        }
+        }  # fmt: skip
 
     @classmethod
     def unpack(cls, spec: SourceSpec, packed: dict[str, Any]) -> Census:

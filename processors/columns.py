@@ -63,16 +63,12 @@ def output_row(result: RequestOutput | RowError, attempt: int) -> dict[str, Any]
         return error_values(error, Stage.ENGINE) | {"finish_reason": "error", "attempts": attempt}
     completion = result.outputs[0]
     return {
-        "generated_text": completion.text,
-        "generated_tokens": completion.token_ids,
-        "num_input_tokens": len(result.prompt_token_ids),
-        "num_generated_tokens": len(completion.token_ids),
-        "num_cached_tokens": result.num_cached_tokens,
-        "finish_reason": completion.finish_reason,
-        "logprobs": _logprobs(completion.logprobs),
-        "prompt_logprobs": _logprobs(result.prompt_logprobs),
+        "generated_text": completion.text, "generated_tokens": completion.token_ids,
+        "num_input_tokens": len(result.prompt_token_ids), "num_generated_tokens": len(completion.token_ids),
+        "num_cached_tokens": result.num_cached_tokens, "finish_reason": completion.finish_reason,
+        "logprobs": _logprobs(completion.logprobs), "prompt_logprobs": _logprobs(result.prompt_logprobs),
         "attempts": attempt,
-    }
+    }  # fmt: skip
 
 
 def error_values(error: RowError, stage: str) -> dict[str, str]:

@@ -73,18 +73,11 @@ class LLMProcessor:
     yields_blocks = True
 
     def __init__(
-        self,
-        model: str,
-        *,
-        sampling_params: SamplingParams | Mapping[str, Any] | None = None,
-        chat_template: str | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        on_error: Literal["record", "raise"] = "record",
-        stats_actor: Any = None,
-        any_rows: bool = False,
-        engine: EngineProcess | None = None,
-        **engine_kwargs: Any,
-    ):
+        self, model: str, *, sampling_params: SamplingParams | Mapping[str, Any] | None = None,
+        chat_template: str | None = None, chat_template_kwargs: Mapping[str, Any] | None = None,
+        on_error: Literal["record", "raise"] = "record", stats_actor: Any = None, any_rows: bool = False,
+        engine: EngineProcess | None = None, **engine_kwargs: Any,
+    ):  # fmt: skip
         self._drain = DrainWatch()
         self._defaults = sampling_defaults(sampling_params)
         self._on_error = on_error

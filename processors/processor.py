@@ -21,13 +21,10 @@ from rayinfer.processors.stages import Prepare, finish
 
 
 def build_processor(
-    config: EngineProcessorConfig,
-    preprocess: RowFunction | None = None,
-    postprocess: RowFunction | None = None,
-    preprocess_map_kwargs: Mapping[str, Any] | None = None,
-    postprocess_map_kwargs: Mapping[str, Any] | None = None,
+    config: EngineProcessorConfig, preprocess: RowFunction | None = None, postprocess: RowFunction | None = None,
+    preprocess_map_kwargs: Mapping[str, Any] | None = None, postprocess_map_kwargs: Mapping[str, Any] | None = None,
     stats_actor: Any = None,
-) -> Processor:
+) -> Processor:  # fmt: skip
     """Describe what is to be done with a dataset; nothing is read, started or loaded here.
 
     Args:
@@ -84,12 +81,9 @@ class Processor:
         prepare_kwargs.setdefault("compute", tokenizers)
         own: dict[str, Any] = {"preprocess": self.preprocess, "batch_size": batch_size, "seconds": seconds}
         dataset = dataset.map_batches(
-            Prepare,
-            fn_constructor_kwargs={"engine": on_cpu, **own, **common},
-            batch_size=4 * batch_size,
-            batch_format="pyarrow",
-            **prepare_kwargs,
-        )
+            Prepare, fn_constructor_kwargs={"engine": on_cpu, **own, **common}, batch_size=4 * batch_size,
+            batch_format="pyarrow", **prepare_kwargs,
+        )  # fmt: skip
         low, high = bounds(config.concurrency)
         options: dict[str, Any] = {"num_cpus": num_cpus, "num_gpus": num_gpus or None}
         options |= {"accelerator_type": config.accelerator_type, "runtime_env": config.runtime_env}

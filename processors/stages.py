@@ -27,16 +27,10 @@ class Prepare:
     yields_blocks = True
 
     def __init__(
-        self,
-        engine: EngineConfig,
-        preprocess: RowFunction | None,
-        sampling_params: SamplingParams | Mapping[str, Any],
-        chat_template: str | None,
-        chat_template_kwargs: Mapping[str, Any],
-        batch_size: int,
-        on_error: str,
-        seconds: float = 600.0,
-    ):
+        self, engine: EngineConfig, preprocess: RowFunction | None,
+        sampling_params: SamplingParams | Mapping[str, Any], chat_template: str | None,
+        chat_template_kwargs: Mapping[str, Any], batch_size: int, on_error: str, seconds: float = 600.0,
+    ):  # fmt: skip
         from rayinfer.chat import ControlTokens
         from rayinfer.inputs import InputProcessor
 
@@ -161,13 +155,9 @@ def _with_added(table: pa.Table, added: Sequence[Mapping[str, Any]], outputs: Se
 
 
 def _result_table(
-    table: pa.Table,
-    rows: Sequence[Mapping[str, Any]],
-    replaced: set[str],
-    results: Sequence[Mapping[str, Any] | None],
-    errors: Sequence[RowError | None],
-    sample: Mapping[str, Any],
-) -> pa.Table:
+    table: pa.Table, rows: Sequence[Mapping[str, Any]], replaced: set[str],
+    results: Sequence[Mapping[str, Any] | None], errors: Sequence[RowError | None], sample: Mapping[str, Any],
+) -> pa.Table:  # fmt: skip
     """The columns that postprocess returned. A failed row that it could not take keeps those of its own columns that
     have these names; the rest of it is null. `sample`: what it would return for a good row, if there is none."""
     good = [result for result, error in zip(results, errors, strict=True) if result is not None and error is None]
@@ -204,11 +194,9 @@ def _good(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _INPUT_TYPES = {
-    "messages": pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])),
-    "prompt": pa.string(),
-    "prompt_token_ids": pa.list_(pa.int32()),
-    "sampling_params": pa.string(),
-}
+    "messages": pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])), "prompt": pa.string(),
+    "prompt_token_ids": pa.list_(pa.int32()), "sampling_params": pa.string(),
+}  # fmt: skip
 
 
 def _input_array(name: str, values: Sequence[Any]) -> pa.Array:
