@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import itertools
 import logging
 import os
 from collections import deque
@@ -157,7 +158,8 @@ class Engine:
             heir.leader, heir.twins, request.twins = None, request.twins, []
             for twin in heir.twins:
                 twin.leader = heir
-            self.scheduler.add(heir)
+            later = set(itertools.dropwhile(lambda key: key != heir.request_id, self._requests))
+            self.scheduler.add_before(later, heir)  # first come, first served
         return self._end(request, RowError(ErrorType.ABORTED, "aborted by the caller"))[0]
 
     def snapshot(self) -> EngineStats:

@@ -65,3 +65,16 @@ def test_abort(make_llm, reference_of, aborted, num_steps):
     assert sorted(output.request_id for output in outputs) == sorted({"0", "1", "2"} - {str(aborted)})
     assert ids_of(outputs) == [want, want]
     assert not engine._leaders
+
+
+@pytest.mark.parametrize("num_steps", [0, 3])
+def test_the_heir_of_an_aborted_row_keeps_its_place(make_llm, num_steps):
+    """Queued after the first of its like, before a row that came later, behind one that came earlier."""
+    engine = make_llm("llama", max_num_seqs=1).engine
+    for index, prompt in enumerate((PROMPTS[0], PROMPTS[1], PROMPTS[0], PROMPTS[2])):
+        engine.add(str(index), EncodedRow(list(prompt), GREEDY))
+    outputs = [output for _ in range(num_steps) for output in engine.step()]
+    engine.abort("0")
+    while engine.has_work:
+        outputs += engine.step()
+    assert [output.request_id for output in outputs] == ["1", "2", "3"]
