@@ -76,10 +76,14 @@ def take_rows(table: pa.Table, indices: list[int]) -> pa.Table:
 
 
 def finished_blocks(dataset: Dataset) -> Generator[tuple[ray.ObjectRef, int, int], None, None]:
-    """Run a dataset; yields the reference, rows and bytes of each block as it is finished. No row comes here."""
+    """Run a dataset; yields the reference, rows and bytes of each block as it is finished. No row comes here.
+
+    A call that yields nothing, as calls with `any_rows` may, leaves a block without rows and columns: none of ours.
+    """
     for bundle in dataset.iter_internal_ref_bundles():
         for ref, metadata in zip(bundle.block_refs, bundle.metadata, strict=True):
-            yield ref, metadata.num_rows or 0, metadata.size_bytes or 0
+            if metadata.num_rows != 0:
+                yield ref, metadata.num_rows or 0, metadata.size_bytes or 0
 
 
 def bear_slow_engines(dataset: Dataset) -> None:

@@ -1,4 +1,4 @@
-"""Pools that grow, runs that may take long, actors that leave a node."""
+"""Pools that grow, runs that may take long, actors that leave a node, calls that yield nothing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ray.data import DataContext
 
 from rayinfer.processors import EngineProcessorConfig, build_processor
 from rayinfer.processors.drain import DrainWatch
-from rayinfer.processors.ray_compat import IDLE, ending_nodes, restart_actor
+from rayinfer.processors.ray_compat import IDLE, ending_nodes, finished_blocks, restart_actor
 
 GUARD = "execution_no_progress_timeout_s"
 
@@ -59,6 +59,18 @@ def test_an_actor_that_leaves_is_started_again_with_its_calls(local_ray, tmp_pat
 
     actor = Leaves.remote()
     assert ray.get(actor.answer.remote(str(tmp_path / "seen")), timeout=300)[1] == {}
+
+
+def test_a_call_that_yields_nothing_leaves_no_block(local_ray):
+    """Ray makes a block without rows and columns of it, in which no writer finds the rows' numbers."""
+
+    def answer(table):
+        if table["id"][0].as_py() == 1:
+            yield table
+
+    dataset = ray.data.range(3, override_num_blocks=3).map_batches(answer, batch_size=None, batch_format="pyarrow")
+    blocks = [(ray.get(ref).to_pydict(), num_rows) for ref, num_rows, _ in finished_blocks(dataset)]
+    assert blocks == [({"id": [1]}, 1)]
 
 
 def test_calls_of_a_process_that_stays(local_ray):
