@@ -106,13 +106,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, default=400)
     parser.add_argument("--pairs", type=int, default=2)
+    parser.add_argument("--times", type=int, default=4, help="size of the tiny model; the larger, the less Ray shows")
     options = parser.parse_args()
     run_module.RenderPrompt = Ask  # type: ignore[assignment, misc]
     rows: list[list[str]] = []
     ratios: list[tuple[float, float]] = []
     with tempfile.TemporaryDirectory() as temp:
         folder = Path(temp)
-        save_tiny_llama(folder / "model", max_position_embeddings=8192, times=4)
+        save_tiny_llama(folder / "model", max_position_embeddings=8192, times=options.times)
         plans = {stragglers: lengths(options.batches, stragglers) for stragglers in (False, True)}
         tokens = sum(plans[True])
         ray.init(address="local", include_dashboard=False, log_to_driver=False, num_cpus=3)
