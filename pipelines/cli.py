@@ -1,7 +1,5 @@
 """The command line: `rayinfer run`, `replay`, `verify`, `bench`, `doctor`."""
 
-from __future__ import annotations
-
 import json
 import os
 import shlex

@@ -1,7 +1,5 @@
 """A Delta table in the sink's folder. Its commits are exact where the store has put-if-absent, as the log's are."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Iterable

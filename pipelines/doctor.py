@@ -1,7 +1,5 @@
 """What this machine has for a run, and what it lacks."""
 
-from __future__ import annotations
-
 import os
 import platform
 import shutil

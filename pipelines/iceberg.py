@@ -1,7 +1,5 @@
 """An Iceberg table in a catalog; its files and its metadata lie in the sink's folder."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What makes a job the same job: `_rayinfer/job.json` says it, and a run that differs in one field is refused."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

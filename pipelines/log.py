@@ -11,8 +11,6 @@ both seen the entries before k only one appends k; the other stops. That gives t
 Nothing else is needed for a driver to die at any point: entries are the truth, and other parts are garbage.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -3,8 +3,6 @@
 A part's name holds the hash of its bytes: a task that Ray runs again writes the same file again, not a second one.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

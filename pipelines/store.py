@@ -4,8 +4,6 @@ Put-if-absent is what the commit log stands on: of all writers of one name exact
 A local disk has it in link(2), which fails for a name that exists (NFS too); S3, GCS and Azure in conditional puts.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import threading

@@ -11,8 +11,6 @@ done or not done, and no part is in the table twice. Two rules make that safe:
   finds the entry, or its commit is refused.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import time

@@ -1,7 +1,5 @@
 """Prompt templates: sandboxed Jinja2 over one row's columns."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any

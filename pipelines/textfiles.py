@@ -1,7 +1,5 @@
 """JSONL and CSV files, record by record: types that hold every value, and one error for one bad record."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

@@ -1,7 +1,5 @@
 """`rayinfer verify`: prove from the files alone that the table has every row of the source once."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 from collections import Counter

@@ -3,8 +3,6 @@
 Types are fixed here, not inferred, so that blocks of good rows, of failed rows and of both have one schema.
 """
 
-from __future__ import annotations
-
 import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

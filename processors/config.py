@@ -1,7 +1,5 @@
 """The settings of a processor, with the names that users of ray.data.llm type."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator

@@ -5,8 +5,6 @@ run go on as long as there is time, then hand on what is done and leave, so that
 this node is still there.
 """
 
-from __future__ import annotations
-
 import math
 import threading
 import time

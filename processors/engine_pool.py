@@ -6,8 +6,6 @@ in an actor of Ray Data, hands its calls on to one engine, where their rows run 
 processors. When an engine is lost, Ray starts it again and runs its calls again, as it does with Ray Data's own actors.
 """
 
-from __future__ import annotations
-
 import contextlib
 import threading
 import time

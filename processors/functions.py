@@ -4,8 +4,6 @@ What blocks cannot always be interrupted, and what crashes takes its process alo
 the process; Ray runs the task again, and then the function runs apart, in a process that can be ended for a row.
 """
 
-from __future__ import annotations
-
 import faulthandler
 import math
 import time

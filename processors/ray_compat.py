@@ -5,8 +5,6 @@ would wait for the end of their call. A rule of the physical optimizer, which is
 turns that off for our functions alone; the setting on the DataContext would change reads and other operators too.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import time

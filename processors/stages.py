@@ -1,7 +1,5 @@
 """The CPU stages around the engine: the user's functions, chat template and tokenizer, and the result's columns."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """What the engines of a job are doing, gathered in one light actor for whoever draws the live line."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Callable, Mapping

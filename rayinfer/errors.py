@@ -1,7 +1,5 @@
 """Errors users meet. A `RowError` costs one row; everything else refuses the job before an engine starts."""
 
-from __future__ import annotations
-
 import difflib
 import os
 import re

@@ -4,8 +4,6 @@ Rows share a prefix if their block tables begin with the same blocks: the prefix
 prefixes of several depths (a system prompt, then a document); one depth is taken for all, where the most is saved.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 MAX_NUM_GROUPS = 128

@@ -8,8 +8,6 @@ twice and the dictionary compares the tokens themselves, so neither a hash colli
 ever join a row to another row's KV. (The idea of chained block keys: vLLM's automatic prefix caching.)
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import count

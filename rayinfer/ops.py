@@ -4,8 +4,6 @@ Shapes: T tokens, C channels, I intermediate size, H query heads, K key/value he
 first R of D), M table positions, N KV blocks, S slots of a block. No input but the KV cache is overwritten.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass

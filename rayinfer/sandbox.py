@@ -7,8 +7,6 @@ refused before they run, results are weighed, and turns of loops look at the clo
 busy machine does not move: a row that is rendered here is rendered everywhere.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 import threading

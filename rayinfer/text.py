@@ -1,7 +1,5 @@
 """Text of generated tokens, and stop strings."""
 
-from __future__ import annotations
-
 from transformers import PreTrainedTokenizerBase
 
 from rayinfer.request import Request

@@ -4,8 +4,6 @@ Decode gathers the KV of all rows, padded to the longest, and makes one scaled_d
 the query heads of a KV head packed as its "query tokens". Index tensors are worked out once a step, not once a layer.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 

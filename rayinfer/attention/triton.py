@@ -1,7 +1,5 @@
 """The GPU backend: Triton kernels over a head-major paged cache."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
