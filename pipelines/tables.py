@@ -15,7 +15,7 @@ import contextlib
 import importlib
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 
@@ -29,10 +29,13 @@ from rayinfer.pipelines.store import Store
 FOLLOW_SECONDS = 60.0  # a table is at most so far behind the log of a job at work
 
 
-class Table:
+class Table(Protocol):
     """A table over the parts in a sink's folder; subclasses speak to its library and raise what that raises."""
 
+    sink: SinkSpec
+    store: Store
     schema: pa.Schema  # of the parts, from `fit`
+    _last: float  # when it was brought to the log
 
     def __init__(self, sink: SinkSpec, store: Store):
         self.sink, self.store = sink, store
@@ -40,27 +43,21 @@ class Table:
 
     def load(self) -> Any:
         """The table's newest version; None if there is no table. Raises ConfigError if it is not this output's."""
-        raise NotImplementedError
 
     def files(self, table: Any) -> Iterable[tuple[str, Any]]:
         """URIs of the files that a version names, each with what `change` takes for it."""
-        raise NotImplementedError
 
     def create(self) -> None:
         """Make the table, empty; fails if there is one."""
-        raise NotImplementedError
 
     def change(self, table: Any, add: list[Part], remove: list[Any], told: dict[str, str]) -> None:
         """One commit, with what it shall tell, on top of this version; fails if there is a newer one."""
-        raise NotImplementedError
 
     def held(self, schema: pa.Schema) -> pa.Schema:
         """The Arrow types that the table makes of `schema`."""
-        raise NotImplementedError
 
     def batches(self, table: Any, column: str) -> Iterable[pa.RecordBatch]:
         """A column as the table's own reader gives it."""
-        raise NotImplementedError
 
     def fit(self, schema: pa.Schema) -> pa.Schema:
         """The schema that the parts must have; checks that the table, if there is one, can be written.
