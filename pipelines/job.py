@@ -151,21 +151,11 @@ class JobSpec(_Spec):
             raise ConfigError(explain_validation(error, cls, place)) from None
         except ConfigError as error:
             raise ConfigError(f"{place}: {error}") from None
-
-        def changed(part: Any, **fields: Any) -> Any:
-            return part.model_copy(update=fields)
-
-        model = spec.model
-        return changed(
-            spec,
-            source=changed(spec.source, uri=resolve_uri(spec.source.uri, base)),
-            sink=changed(spec.sink, uri=resolve_uri(spec.sink.uri, base)),
-            model=changed(
-                model,
-                model=_resolve_model(model.model, base),
-                tokenizer=model.tokenizer and _resolve_model(model.tokenizer, base),
-            ),
-        )
+        places = {name: getattr(spec, name) for name in ("source", "sink")}
+        parts = {name: place.model_copy(update={"uri": resolve_uri(place.uri, base)}) for name, place in places.items()}
+        paths = {name: getattr(spec.model, name) for name in ("model", "tokenizer")}
+        paths = {name: path and _resolve_model(path, base) for name, path in paths.items()}
+        return spec.model_copy(update={**parts, "model": spec.model.model_copy(update=paths)})
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
