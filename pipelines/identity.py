@@ -106,6 +106,13 @@ def read_job(store: Store) -> dict[str, Any] | None:
     raise ConfigError(f"{JOB} is damaged; start afresh with --overwrite, or name another folder")
 
 
+def need_job(store: Store, uri: str) -> dict[str, Any]:
+    """The job that the folder at `uri` holds. Raises ConfigError if there is none, or the file is damaged."""
+    if (job := read_job(store)) is None:
+        raise ConfigError(f"{uri!r}: no {JOB} there, so no output of a job")
+    return job
+
+
 def check_same(job: dict[str, Any], new: dict[str, Any], uri: str) -> None:
     """Raise ConfigError, naming what differs, unless `new` is the fingerprint of the job that is there."""
     lines = differences(job["fingerprint"], new)
@@ -143,7 +150,5 @@ def recall_job(uri: str) -> JobSpec:
         ConfigError: there is none.
     """
     uri = resolve_uri(uri, ".")
-    job = read_job(open_store(uri))
-    if job is None:
-        raise ConfigError(f"{uri!r}: no {JOB} there, so no output of a job")
+    job = need_job(open_store(uri), uri)
     return JobSpec.parse({**job["job"], "sink": {**job["job"]["sink"], "uri": uri}}, place=JOB)

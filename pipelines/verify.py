@@ -9,8 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rayinfer.errors import ConfigError
-from rayinfer.pipelines.identity import JOB, read_job
+from rayinfer.pipelines.identity import need_job
 from rayinfer.pipelines.job import SinkSpec
 from rayinfer.pipelines.keys import KeyDigest, find_duplicate
 from rayinfer.pipelines.log import CommitLog, Part
@@ -37,9 +36,7 @@ def verify(uri: str, sink: SinkSpec | None = None) -> tuple[list[tuple[str, str]
         ConfigError: no job's output, or its log cannot be read.
     """
     store = open_store(uri)
-    job = read_job(store)
-    if job is None:
-        raise ConfigError(f"{uri!r}: no {JOB} there, so no output of a job")
+    job = need_job(store, uri)
     census = job["census"]
     log = CommitLog(store, job["id"], census["num_rows"])
     log.load()
