@@ -126,13 +126,10 @@ class CommitLog:
         """Parts of failed rows."""
         return [name for name, part in self.parts.items() if part.errors]
 
-    def replay(self) -> int:
-        """Take the parts of failed rows out; returns how many rows are missing then that were done."""
-        failed = self.failed()
-        before = self.num_missing
-        if failed:
+    def replay(self) -> None:
+        """Take the parts of failed rows out."""
+        if failed := self.failed():
             self._append("replay", remove=failed)
-        return self.num_missing - before
 
     def end(self) -> None:
         """Say that all is done."""
