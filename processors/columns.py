@@ -84,15 +84,11 @@ def _logprobs(positions: Sequence[Mapping[int, Logprob] | None] | None) -> list[
     """A list for each position, of the tokens that were asked for and the one that was taken."""
     if positions is None:
         return None
-    return [
-        None
-        if position is None
-        else [
-            {"token_id": id, "logprob": entry.logprob, "rank": entry.rank, "token": entry.decoded_token}
-            for id, entry in position.items()
-        ]
-        for position in positions
-    ]
+    return [None if position is None else [_logprob(*item) for item in position.items()] for position in positions]
+
+
+def _logprob(id: int, entry: Logprob) -> dict[str, Any]:
+    return {"token_id": id, "logprob": entry.logprob, "rank": entry.rank, "token": entry.decoded_token}
 
 
 def table_of(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> dict[str, pa.Array]:
