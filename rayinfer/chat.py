@@ -95,11 +95,9 @@ class ControlTokens:
     def check_role(self, role: str, place: str) -> None:
         """Raise RowError for a role of which a template could make a control token."""
         if role not in _ROLES and any(role in token or token in role for token in self.all):
-            raise RowError(
-                ErrorType.INVALID_PROMPT,
-                f"{place}.role = {role[:40]!r}: a piece of a control token, want {', '.join(sorted(_ROLES))} or a name "
-                "that is none",
-            )
+            want = f"want {', '.join(sorted(_ROLES))} or a name that is none"
+            text = f"{place}.role = {role[:40]!r}: a piece of a control token, {want}"
+            raise RowError(ErrorType.INVALID_PROMPT, text)
 
 
 class ChatTemplate:
@@ -162,10 +160,8 @@ def encode_marked(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tok
         if piece:
             new = _encode(tokenizer, piece, plain, first=not ids)
             if plain and tokenizer.convert_tokens_to_ids(piece) in new:
-                raise RowError(
-                    ErrorType.INVALID_PROMPT,
-                    f"the tokenizer cannot take the control token {piece[:40]!r} as plain text",
-                )
+                text = f"the tokenizer cannot take the control token {piece[:40]!r} as plain text"
+                raise RowError(ErrorType.INVALID_PROMPT, text)
             ids += new
     if not add_special_tokens:
         return ids

@@ -212,11 +212,8 @@ def _bad(message: str) -> RowError:
 def check_length(num_tokens: int, max_model_len: int) -> None:
     """Raise RowError unless the prompt leaves room for one generated token."""
     if num_tokens >= max_model_len:
-        raise RowError(
-            ErrorType.PROMPT_TOO_LONG,
-            f"the prompt has {num_tokens} tokens; at most {max_model_len - 1} fit, with one to generate "
-            f"(max_model_len = {max_model_len})",
-        )
+        fit = f"at most {max_model_len - 1} fit, with one to generate (max_model_len = {max_model_len})"
+        raise RowError(ErrorType.PROMPT_TOO_LONG, f"the prompt has {num_tokens} tokens; {fit}")
 
 
 def _plain(value: Any) -> Any:
