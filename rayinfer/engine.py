@@ -7,6 +7,7 @@ out in runner/. The engine knows nothing of Ray, and one thread drives it (`engi
 from __future__ import annotations
 
 import ctypes
+import gc
 import hashlib
 import itertools
 import logging
@@ -77,6 +78,7 @@ class Engine:
         self._leaders: dict[Hashable, Request] = {}  # of greedy rows; see Request.twins
         self._in_flight: deque[tuple[Step, StepHandle]] = deque()
         self._num_added = 0
+        gc.freeze()  # modules and weights stay; to look through them again and again would hold up steps
 
     @property
     def has_work(self) -> bool:
@@ -196,12 +198,14 @@ class Engine:
         """Append a step's tokens to its rows."""
         finished = []
         self._split_prompt_logprobs(step, result.prompt_logprobs)
-        for number, (index, tokens) in enumerate(zip(step.plan.samples.tolist(), result.token_ids, strict=True)):
+        for number, (index, tokens) in enumerate(
+            zip(step.plan.samples.tolist(), result.token_ids.tolist(), strict=True)
+        ):
             request = step.rows[index]
             request.num_pending -= 1
             if request.finished:
                 continue  # it ended one step ago, when this step was already on its way
-            for token in tokens.tolist():
+            for token in tokens:
                 if token < 0:
                     error = RowError(ErrorType.NAN_LOGITS, "the model's logits for this row are NaN or infinite")
                     finished += self._end(request, error)
@@ -229,9 +233,10 @@ class Engine:
                 if request.stop_reason is not None:
                     request.finish_reason = "stop"
                     return True
-        if request.num_known_tokens >= request.max_total_tokens:
-            request.finish_reason = "length"
-        return request.finished
+        if len(request.prompt_token_ids) + len(request.output_token_ids) < request.max_total_tokens:
+            return False
+        request.finish_reason = "length"
+        return True
 
     def _end(self, request: Request, error: RowError | None = None) -> list[RequestOutput]:
         """Free what a row holds and make its output, and that of its twins."""

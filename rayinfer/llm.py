@@ -30,6 +30,7 @@ class LLM:
     def __init__(self, model: str, **kwargs: Any):
         self.config = EngineConfig.parse(model=str(model), **kwargs)
         self.engine = Engine(self.config)
+        self.engine.scheduler.all_known = True
         self._num_calls = 0
 
     def generate(

@@ -19,6 +19,8 @@ from rayinfer.request import Request
 PROMPT_LOGPROB_CHUNK = 512  # rows that ask for prompt log-probabilities need logits for every token of a chunk
 MIN_BATCHED_TOKENS = 16  # a step that does not fit into memory is made smaller down to this
 REGROUP_STEPS = 16  # new rows wait that many steps at most until they join a prefix group
+PACE_STEPS = 16  # steps until the pace is worked out again
+MIN_PACE = 2048  # tokens of a step: smaller steps with prompt chunks cost more than an even pace gains
 DEVICE_TOKEN = -1  # this step's input is the slot's last sampled token, which only the device knows
 
 
@@ -90,6 +92,8 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.num_preemptions = 0
+        self.all_known = False  # the rows that wait are all that there are, the longest first
+        self._steps_paced, self._pace, self._credit, self._longest = PACE_STEPS, 0.0, 0.0, 0
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._new_blocks: list[tuple[int, int, int]] = []
         self.admitted: list[Request] = []  # rows that got a slot in the newest step
@@ -111,6 +115,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         self.waiting.append(request)
+        self._steps_paced = PACE_STEPS
 
     def add_before(self, later: Container[str], request: Request) -> None:
         """Queue a row ahead of those whose ids are in `later`."""
@@ -144,10 +149,16 @@ class Scheduler:
         for request in list(self.running):
             if request.slot < 0:
                 continue  # preempted for a row before it
-            remaining = request.num_tokens - request.num_scheduled
-            if request.num_tokens >= request.max_total_tokens:
+            start = request.num_scheduled
+            remaining = len(request.prompt_token_ids) + len(request.output_token_ids) + request.num_pending - start
+            if start + remaining >= request.max_total_tokens:
                 continue  # its last token is on the way
-            num_new = min(remaining, budget, self._chunk_limit(request))
+            num_new = min(remaining, budget)
+            if num_new == 1 and start < len(request.blocks) * self.pool.block_size:  # what most rows are, most times
+                budget -= 1
+                decodes.append(request)
+                continue
+            num_new = min(num_new, self._chunk_limit(request))
             if num_new <= 0 or not self._make_room(request, num_new):
                 continue
             budget -= num_new
@@ -201,6 +212,7 @@ class Scheduler:
 
     def _admit(self, budget: int, decodes: list[Request], chunks: list[tuple[Request, int]]) -> None:
         """Let waiting rows in while slots, blocks and budget last."""
+        room = self._room(self.max_num_batched_tokens - budget) if self.all_known else float("inf")
         if self._full and self._few_free():
             return
         self._full = False
@@ -211,6 +223,8 @@ class Scheduler:
                 break
             if request.num_pending:
                 break  # preempted with a token still on the device: it must be read first
+            if room <= 0 and _num_left(request) < self._longest:
+                break
             # The last token is always computed: its logits are what is wanted.
             reuse = request.params.prompt_logprobs is None or bool(request.output_token_ids)
             known = self.pool.match(request, request.num_tokens - 1) if reuse else []
@@ -234,9 +248,32 @@ class Scheduler:
             grown = self._grow(request, num_new)
             assert grown
             budget -= num_new
+            room -= num_new
+            self._credit -= num_new
+            self._longest = max(self._longest, _num_left(request))
             # Registered at once, so that the next row of this very step can share the blocks.
             self.pool.register(request, num_known + num_new)
             (decodes.append(request) if num_new == 1 else chunks.append((request, num_new)))
+
+    def _room(self, num_scheduled: int) -> float:
+        """Prompt tokens that may come into this step for all rows to end together with the longest, if none else come.
+
+        Let in as fast as they fit, rows would first be only prompts, then only decodes, of which few are left at the
+        end. Rows that could end after the longest running one come in without room.
+        """
+        self._steps_paced += 1
+        self._longest -= 1
+        if self._steps_paced >= PACE_STEPS:
+            self._steps_paced = 0
+            self._longest = max(map(_num_left, self.running), default=0)
+            rows = [*self.running, *self.waiting]
+            work = sum(row.max_total_tokens - row.num_scheduled for row in rows)
+            self._pace = work / max([1, *map(_num_left, rows)])
+        if self._pace < MIN_PACE or not self.running:
+            self._credit = 0.0
+            return float("inf")
+        self._credit = min(self._credit + self._pace - num_scheduled, self.max_num_batched_tokens)
+        return self._credit
 
     def _few_free(self) -> bool:
         """Whether too little is free for a group of rows, while others still run."""
@@ -269,33 +306,34 @@ class Scheduler:
     def _plan(self, rows: list[Request], num_new: list[int], num_decodes: int) -> StepPlan:
         """Write the step down as arrays and advance the rows' counts."""
         token_ids: list[int] = []
-        starts: list[int] = []
+        starts = [request.num_scheduled for request in rows]
         samples: list[int] = []
         banned: list[tuple[int, int]] = []
         targets: list[tuple[int, int]] = []
         all_greedy, num_logprobs, num_prompt_logprobs = True, -1, -1
-        for index, (request, num) in enumerate(zip(rows, num_new, strict=True)):
-            start = request.num_scheduled
-            starts.append(start)
+        block_size = self.pool.block_size
+        for index, (request, start, num) in enumerate(zip(rows, starts, num_new, strict=True)):
             params = request.params
-            if start >= request.num_known_tokens:
+            end = request.num_scheduled = start + num
+            num_known = len(request.prompt_token_ids) + len(request.output_token_ids)
+            if start >= num_known:
                 token_ids.append(DEVICE_TOKEN)
             else:
                 if params.prompt_logprobs is not None and start < request.num_prompt_tokens - 1:
                     first = len(token_ids)
-                    following = request.prompt_token_ids[start + 1 : start + num + 1]
+                    following = request.prompt_token_ids[start + 1 : end + 1]
                     targets.extend((first + i, token) for i, token in enumerate(following))
                     num_prompt_logprobs = max(num_prompt_logprobs, params.prompt_logprobs)
-                token_ids.extend(request.tokens(start, start + num))
-            request.num_scheduled = start + num
-            self.pool.register(request, min(request.num_scheduled, request.num_known_tokens))
-            if request.num_scheduled < request.num_tokens:
+                token_ids.extend(request.tokens(start, end))
+            if end >= (request.num_registered_blocks + 1) * block_size:
+                self.pool.register(request, min(end, num_known))
+            if end < num_known + request.num_pending:
                 continue  # a chunk that leaves prompt tokens for later yields none
-            if params.min_tokens > request.num_tokens - request.num_prompt_tokens:
+            if params.min_tokens and params.min_tokens > len(request.output_token_ids) + request.num_pending:
                 banned.extend((len(samples), token) for token in request.stop_token_ids)
             samples.append(index)
             request.num_pending += 1
-            all_greedy = all_greedy and params.greedy
+            all_greedy = all_greedy and params.temperature == 0
             if params.logprobs is not None:
                 num_logprobs = max(num_logprobs, params.logprobs)
         as_int = np.int32
@@ -322,3 +360,8 @@ class Scheduler:
             prompt_targets=np.array(targets, as_int).reshape(-1, 2),
             num_prompt_logprobs=num_prompt_logprobs,
         )
+
+
+def _num_left(row: Request) -> int:
+    """Tokens that a row may still yield, one a step."""
+    return row.max_total_tokens - row.num_tokens

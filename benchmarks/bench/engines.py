@@ -47,7 +47,8 @@ def run_rayinfer(request: Line) -> Iterator[Line]:
             yield {**line, **more, "steps": num_steps[work.name], "shape": _shape(engine)}
     for work in request["works"]:  # last: the times of all are there when this is cut short
         llm.reset_prefix_cache()
-        for number, (row, params) in enumerate(zip(*_asked(rayinfer, work), strict=True)):
+        asked = sorted(zip(*_asked(rayinfer, work), strict=True), key=lambda row: -row[1].max_tokens)  # as LLM does
+        for number, (row, params) in enumerate(asked):
             engine.add(str(number), engine.inputs.encode({**row, "sampling_params": params}))
         yield {"workload": work.name, "shares": _shares(engine, num_steps[work.name])}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -207,6 +208,13 @@ def engine(folder_of) -> Engine:
     return Engine(config)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def any_pace():
+    """Steps here are far too small to be paced in earnest."""
+    with patch("rayinfer.scheduler.MIN_PACE", 1):
+        yield
+
+
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_every_row_gets_its_tokens(engine, data):
@@ -222,6 +230,7 @@ def test_every_row_gets_its_tokens(engine, data):
 
     engine.pool = BlockPool(num_blocks, block_size, data.draw(st.booleans(), "prefix caching"))
     engine.scheduler = Scheduler(engine.pool, max_num_seqs, budget)
+    engine.scheduler.all_known = data.draw(st.booleans(), "all_known")
     engine.max_model_len = max_model_len
     device = Device(max_num_seqs, budget, num_blocks, block_size, data.draw(st.integers(0, 2), "run_ahead"))
     engine.runner = device

@@ -1,0 +1,75 @@
+"""Rows that are all known, the longest first, are let in at a pace with which they end together."""
+
+import numpy as np
+import pytest
+
+from rayinfer.kv_cache import BlockPool
+from rayinfer.request import Request
+from rayinfer.sampling import SamplingParams
+from rayinfer.scheduler import Scheduler
+
+
+def steps_of(lens, all_known, num_prompt=512, num_slots=1024):
+    """Run rows of these numbers of tokens to generate; returns tokens and decodes of each step."""
+    scheduler = Scheduler(BlockPool(60_000, 16, True), num_slots, 16384)
+    scheduler.all_known = all_known
+    for index, num in enumerate(sorted(lens, reverse=True)):
+        prompt = [index * num_prompt + i for i in range(num_prompt)]
+        params = SamplingParams(temperature=0, max_tokens=int(num), ignore_eos=True)
+        scheduler.add(Request(str(index), prompt, params, max_total_tokens=num_prompt + int(num)))
+    tokens, decodes, yielded = [], [], 0
+    while scheduler.has_work:
+        step = scheduler.schedule()
+        tokens.append(len(step.plan.token_ids))
+        decodes.append(step.plan.num_decodes)
+        for index in step.plan.samples.tolist():
+            request = step.rows[index]
+            request.num_pending -= 1
+            request.output_token_ids.append(7)
+            yielded += 1
+            if request.num_known_tokens == request.max_total_tokens:
+                scheduler.finish(request)
+    assert yielded == sum(lens)
+    return np.array(tokens), np.array(decodes)
+
+
+def test_rows_end_together():
+    lens = np.random.default_rng(0).integers(64, 193, 1000)
+    fast, paced = steps_of(lens, False), steps_of(lens, True)
+    assert len(paced[0]) == len(fast[0]) == lens.max()  # the longest row is held up by no step
+    assert (paced[0][-20:] > 2 * fast[0][-20:]).all()  # its last steps are not its own
+    assert np.median(paced[0]) > 2 * np.median(fast[0])
+    assert paced[0][1:90].max() < 16384 / 2  # prompts beside decodes, not all at once
+
+
+@pytest.mark.parametrize(
+    ("lens", "num_slots"),
+    [
+        ([100] * 300, 1024),  # all may end last: none waits
+        ([1000] * 2 + [10] * 50, 1024),  # too little work for a pace
+        ([1], 1024),
+        ([50] * 300, 64),  # a new row has to wait for a slot
+    ],
+)
+def test_nothing_to_spread(lens, num_slots):
+    for fast, paced in zip(
+        steps_of(lens, False, num_slots=num_slots), steps_of(lens, True, num_slots=num_slots), strict=True
+    ):
+        np.testing.assert_array_equal(fast, paced)
+
+
+def test_rows_that_end_early_hold_up_none():
+    """The pace counts what rows may yield: where they stop before, nothing waits in vain."""
+    scheduler = Scheduler(BlockPool(60_000, 16, False), 1024, 16384)
+    scheduler.all_known = True
+    for index, num in enumerate(sorted(range(100, 500), reverse=True)):
+        params = SamplingParams(temperature=0, max_tokens=num)
+        scheduler.add(Request(str(index), [1] * 2000, params, max_total_tokens=2000 + num))
+    steps = 0
+    while scheduler.has_work:
+        step = scheduler.schedule()
+        steps += 1
+        for index in step.plan.samples.tolist():
+            step.rows[index].num_pending -= 1
+            scheduler.finish(step.rows[index])  # after its first token
+    assert steps < 300
