@@ -39,7 +39,7 @@ def test_rows_end_together():
     assert len(paced[0]) == len(fast[0]) == lens.max()  # the longest row is held up by no step
     assert (paced[0][-20:] > 2 * fast[0][-20:]).all()  # its last steps are not its own
     assert np.median(paced[0]) > 2 * np.median(fast[0])
-    assert paced[0][1:90].max() < 16384 / 2  # prompts beside decodes, not all at once
+    assert np.median(paced[0][1:100]) < 16384 / 3  # prompts beside decodes, not all at once
 
 
 @pytest.mark.parametrize(
