@@ -18,10 +18,9 @@ from rayinfer.processors.columns import OUTPUT
 NUM_SAMPLES = 12  # to choose from
 _NUM_SHOWN = 4
 _RATES = {
-    "num_rows_out": "rows_per_second",
-    "num_input_tokens": "input_tokens_per_second",
+    "num_rows_out": "rows_per_second", "num_input_tokens": "input_tokens_per_second",
     "num_generated_tokens": "generated_tokens_per_second",
-}
+}  # fmt: skip
 _STAGES = {"check": "check", "start": "start Ray", "load": "load model", "run": "inference"}
 
 
@@ -102,8 +101,7 @@ def print_report(console: Console, result: JobResult) -> None:
         grid.add_row("", f"{error_type}: {count:,}")
     if result.num_rows_out:
         cached = f" ({result.num_cached_tokens:,} from the prefix cache)" if result.num_cached_tokens else ""
-        tokens = (result.num_input_tokens, result.num_generated_tokens)
-        grid.add_row("tokens", f"{tokens[0]:,} in{cached}, {tokens[1]:,} out")
+        grid.add_row("tokens", f"{result.num_input_tokens:,} in{cached}, {result.num_generated_tokens:,} out")
     if result.seconds.get("run"):
         rows, tokens_in, tokens_out = map(result.per_second, _RATES)
         grid.add_row("speed", f"{rows:,.1f} rows/s, {tokens_in:,.0f} tokens/s in, {tokens_out:,.0f} out")
@@ -111,17 +109,15 @@ def print_report(console: Console, result: JobResult) -> None:
     grid.add_row("time", f"{clock(sum(result.seconds.values()))}: {stages}")
     num_bytes = result.num_bytes
     size = f"{num_bytes / 2**20:,.1f} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:.0f} KiB"
-    parts = f"{result.num_parts:,} part{'s' * (result.num_parts != 1)}, {size}"
-    grid.add_row("table", f"{result.output} ({parts})")
+    grid.add_row("table", f"{result.output} ({result.num_parts:,} part{'s' * (result.num_parts != 1)}, {size})")
     console.print(grid)
-    if not result.complete:
-        console.print(Text(f"{result.status}: {result.reason}", style="bold red"))
-    elif result.num_failed:
-        console.print(Text("complete, with failed rows: see error_type and error_message", style="bold yellow"))
+    if result.complete:
+        also = ", with failed rows: see error_type and error_message" if result.num_failed else ""
+        console.print(Text(f"complete{also}", style="bold yellow" if also else "bold green"))
+        if result.reason:
+            console.print(Text(result.reason))
     else:
-        console.print(Text("complete", style="bold green"))
-    if result.complete and result.reason:
-        console.print(Text(result.reason))
+        console.print(Text(f"{result.status}: {result.reason}", style="bold red"))
 
 
 def _samples(result: JobResult, width: int) -> Table:

@@ -25,7 +25,7 @@ from rayinfer.pipelines.keys import KeyDigest, pack_rows
 from rayinfer.pipelines.log import PART_PREFIX, Part
 from rayinfer.pipelines.sources import KEY, NUMBER, SOURCE, Census, Listing
 from rayinfer.pipelines.store import META, Store, claim, open_store
-from rayinfer.processors.columns import ERROR_COLUMNS, OUTPUT, WHEN_ASKED
+from rayinfer.processors.columns import ERROR_COLUMNS, OUTPUT, WHEN_ASKED, to_rows
 from rayinfer.processors.ray_compat import take_rows, to_arrow
 
 MARKER = "_rayinfer.json"
@@ -143,7 +143,7 @@ def _samples(table: pa.Table) -> list[dict[str, Any]]:
     """The first good rows and the first bad one, long texts cut."""
     good, bad = (pc.indices_nonzero(test(table["error_type"])) for test in (pc.is_null, pc.is_valid))
     table = table.drop_columns([name for name in WHEN_ASKED if name in table.column_names])
-    rows = table.take(good[:SAMPLES_PER_PART]).to_pylist() + table.take(bad[:1]).to_pylist()
+    rows = [row for chosen in (good[:SAMPLES_PER_PART], bad[:1]) for row in to_rows(table.take(chosen))[0]]
     return [{key: None if value is None else str(value)[:SAMPLE_CHARS] for key, value in row.items()} for row in rows]
 
 
@@ -155,7 +155,7 @@ def encode(table: pa.Table, format: str) -> bytes:
     elif format == "csv":
         pyarrow.csv.write_csv(table, buffer)
     else:
-        for row in table.to_pylist():
+        for row in to_rows(table)[0]:
             line = json.dumps(_finite(row), ensure_ascii=False, allow_nan=False, default=str)
             buffer.write(line.encode() + b"\n")
     return buffer.getvalue()

@@ -47,6 +47,27 @@ def with_columns(table: pa.Table, columns: Mapping[str, Any]) -> pa.Table:
     return pa.table(arrays)
 
 
+def to_rows(table: pa.Table) -> tuple[list[dict[str, Any]], dict[int, RowError]]:
+    """The rows as Python's values, and an error for each row with a value that Python has none for: it is None there.
+
+    Such are dates after the year 9999, and text that is no UTF-8, which Arrow reads without a look at it.
+    """
+    errors: dict[int, RowError] = {}
+
+    def held(name: str, index: int, value: Any) -> Any:
+        try:
+            return value.as_py()
+        except Exception as error:  # of whatever type's conversion
+            text = f"column {name!r}: Python cannot hold its value ({type(error).__name__})"
+            errors[index] = RowError(ErrorType.INVALID_PROMPT, text, Stage.READ)
+
+    try:
+        return table.to_pylist(), {}
+    except Exception:
+        columns = [[held(name, *item) for item in enumerate(table[name])] for name in table.column_names]
+    return [dict(zip(table.column_names, row, strict=True)) for row in zip(*columns, strict=True)], errors
+
+
 def without(table: pa.Table, names: Iterable[str]) -> pa.Table:
     return table.drop_columns([name for name in names if name in table.column_names])
 
@@ -105,12 +126,8 @@ def unpack(data: bytes | None) -> dict[str, Any]:
     return pickle.loads(data) if data is not None else {}
 
 
-def name_row(row: Mapping[str, Any], index: int) -> str:
-    """How an error names a row: its place in the batch and what looks like its key."""
+def raise_row(error: RowError, row: Mapping[str, Any], index: int) -> None:
+    """Raise an error that names its row: the place in the batch and what looks like the key."""
     keys = [name for name in row if name.lower() in ("id", "key", "uuid", "row_key") or name.lower().endswith("_id")]
     shown = "".join(f", {name}={str(row[name])[:80]!r}" for name in keys)
-    return f"row {index} of its batch{shown}"
-
-
-def raise_row(error: RowError, row: Mapping[str, Any], index: int) -> None:
-    raise RowError(ErrorType(error.type), f"{name_row(row, index)}: {error.type}: {error}") from error
+    raise RowError(ErrorType(error.type), f"row {index} of its batch{shown}: {error.type}: {error}") from error

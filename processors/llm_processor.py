@@ -104,7 +104,7 @@ class LLMProcessor:
         failed = {index: row for index, row in enumerate(encoded) if isinstance(row, RowError)}
         if failed and self._on_error == "raise":
             index, error = next(iter(failed.items()))
-            col.raise_row(error, table.slice(index, 1).to_pylist()[0], index)
+            col.raise_row(error, col.to_rows(table.slice(index, 1))[0][0], index)
         good = [(index, row) for index, row in enumerate(encoded) if not isinstance(row, RowError)]
         good.sort(
             key=lambda entry: (entry[1].params.max_tokens or 2**31, len(entry[1].prompt_token_ids)),
@@ -190,9 +190,8 @@ class LLMProcessor:
         except queue.Empty:
             entry = None
         if self._engine.error is not None:
-            raise RuntimeError(
-                "the engine cannot go on; its rows are not lost, they have no result"
-            ) from self._engine.error
+            lost = "the engine cannot go on; its rows are not lost, they have no result"
+            raise RuntimeError(lost) from self._engine.error
         return entry
 
     def close(self) -> None:
@@ -217,8 +216,9 @@ class LLMProcessor:
         """Each row encoded, by a stage before this one or here."""
         if col.TOKEN_IDS not in table.column_names:
             names = [name for name in (*INPUTS, "sampling_params") if name in table.column_names]
-            rows = table.select(names).to_pylist() if names else [{} for _ in range(table.num_rows)]
-            return self._inputs.encode_batch([with_defaults(row, self._defaults) for row in rows])
+            rows, unread = col.to_rows(table.select(names)) if names else ([{}] * table.num_rows, {})
+            encoded = self._inputs.encode_batch([with_defaults(row, self._defaults) for row in rows])
+            return [unread.get(index, row) for index, row in enumerate(encoded)]
         values = table.select(col.ENCODED.names).to_pydict()
         return [
             EncodedRow(ids, _params_of(params)) if kind is None else RowError(ErrorType(kind), message, stage)
@@ -227,12 +227,8 @@ class LLMProcessor:
 
     def _columns(self, params: list[SamplingParams]) -> pa.Schema:
         """OUTPUT, with log-probabilities if the job or a row of this batch asks for them."""
-        left_out = {
-            name
-            for name in col.WHEN_ASKED
-            if name not in self._asked and all(getattr(one, name) is None for one in params)
-        }
-        return pa.schema([field for field in col.OUTPUT if field.name not in left_out])
+        asked = {*self._asked, *(n for n in col.WHEN_ASKED if any(getattr(one, n) is not None for one in params))}
+        return pa.schema([field for field in col.OUTPUT if field.name in asked or field.name not in col.WHEN_ASKED])
 
     def _block(self, source: _Source, results: Mapping[int, RequestOutput | RowError]) -> pa.Table:
         rows = [col.output_row(result, source.attempt) for result in results.values()]
@@ -240,7 +236,7 @@ class LLMProcessor:
         if self._on_error == "raise":
             for row, index in zip(rows, results, strict=True):
                 if (error := col.error_of(row)) is not None:
-                    col.raise_row(error, source.table.slice(index, 1).to_pylist()[0], index)
+                    col.raise_row(error, col.to_rows(source.table.slice(index, 1))[0][0], index)
         return col.with_columns(taken, col.table_of(rows, source.columns))
 
 

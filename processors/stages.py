@@ -51,11 +51,12 @@ class Prepare:
 
     def _encode(self, table: pa.Table) -> pa.Table:
         table = col.without(table, col.HIDDEN)
-        rows = table.to_pylist()
+        rows, unread = col.to_rows(table)
         packed: list[bytes | None] = [None] * len(rows)
         asked: dict[int, Mapping[str, Any]] = {}
         # EncodedRow or RowError, at first those of a processor before this one
-        results: dict[int, Any] = {i: error for i, row in enumerate(rows) if (error := col.error_of(row)) is not None}
+        before = {i: error for i, row in enumerate(rows) if (error := col.error_of(row)) is not None}
+        results: dict[int, Any] = unread | before
         left = {index: row for index, row in enumerate(rows) if index not in results}
         added: list[Any] = [{}] * len(left)
         if self._preprocess is not None:
@@ -120,7 +121,7 @@ def finish(table: pa.Table, postprocess: RowFunction | None, on_error: str, seco
     outputs = [name for name in col.OUTPUT.names if name in table.column_names]
     if postprocess is None:
         return _with_added(table, added or [], outputs)
-    rows = table.to_pylist()
+    rows, _ = col.to_rows(table)
     for row, new in zip(rows, added or [], strict=added is not None):
         row.update({key: value for key, value in new.items() if key not in outputs})
     results: list[Mapping[str, Any] | None] = []
@@ -146,8 +147,8 @@ def _with_added(table: pa.Table, added: Sequence[Mapping[str, Any]], outputs: Se
     names = dict.fromkeys(name for row in added for name in row if name not in outputs)
     arrays: dict[str, Any] = {}
     for name in names:
-        old = table.column(name).to_pylist() if name in table.column_names else [None] * len(added)
-        values = [row.get(name, before) for row, before in zip(added, old, strict=True)]
+        old = col.to_rows(table.select([name] if name in table.column_names else []))[0] or [{}] * len(added)
+        values = [row.get(name, before.get(name)) for row, before in zip(added, old, strict=True)]
         arrays[name] = _input_array(name, values) if name in _INPUT_TYPES else to_array(values)
     return col.with_columns(table, arrays)
 

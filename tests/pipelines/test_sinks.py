@@ -108,6 +108,23 @@ def test_every_source_into_every_sink(tmp_path, table, source, sink):
         assert unpack_rows(part.rows).tolist() == numbers
 
 
+def test_values_that_python_cannot_hold(tmp_path):
+    """JSON has null for them, Parquet what was read; the samples that are shown do not mind them."""
+    texts = pa.array([b"fine", b"\xff", b"fine"]).view(pa.string())
+    table = pa.table({"text": texts, "day": pa.array([0, 0, 10**7], pa.int32()).view(pa.date32())})
+    pq.write_table(table, tmp_path / "in.parquet")
+    for sink in ("jsonl", "parquet"):
+        spec = spec_of(tmp_path / "in.parquet", {"uri": str(tmp_path / sink), "format": sink})
+        rows, schema = finished(spec)
+        parts = [READERS[sink](tmp_path / sink / part.name) for part in write(spec, rows, schema=schema)]
+        out = pa.concat_tables(parts, promote_options="permissive").sort_by("row_key").select(["text", "day"])
+        if sink == "parquet":
+            assert out.equals(table)
+        else:
+            assert out["text"].to_pylist() == ["fine", None, "fine"]
+            assert out["day"].cast(pa.date32()).to_pylist() == [dt.date(1970, 1, 1)] * 2 + [None]
+
+
 def test_the_same_rows_are_the_same_part_and_all_parts_have_one_schema(tmp_path, table):
     pq.write_table(table, tmp_path / "in.parquet")
     spec = spec_of(tmp_path / "in.parquet", tmp_path / "out")

@@ -134,6 +134,23 @@ def test_good_bad_and_mixed_blocks_have_one_schema(llm, model_path, engine_kwarg
     assert all(row["id"] is not None for row in rows)
 
 
+def test_values_that_python_cannot_hold_cost_their_row(llm, model_path, engine_kwargs, expected):
+    texts = pa.array([b"fine", b"\xff", b"fine"]).view(pa.string())  # no UTF-8: Arrow reads it without a look
+    days = pa.array([0, 0, 10**7], pa.int32()).view(pa.date32())  # the year 29349
+    table = names_table(["good"] * 3).append_column("text", texts).append_column("day", days)
+    for postprocess in (None, lambda row: row):
+        blocks = run(llm, prepare(model_path, engine_kwargs), table, postprocess)
+        result = pa.concat_tables(blocks, promote_options="default").sort_by("id")
+        assert result.select(table.column_names).equals(table), "what a row had it keeps"
+        assert result["error_type"].to_pylist() == [None, "INVALID_PROMPT", "INVALID_PROMPT"]
+        assert result["error_stage"].to_pylist() == [None, "read", "read"]
+        assert "'text'" in result["error_message"][1].as_py()
+        assert "'day'" in result["error_message"][2].as_py()
+        assert result["generated_tokens"].to_pylist() == [expected("row 0"), None, None]
+    bare = pa.concat_tables(llm(pa.table({"id": range(3), "prompt": texts}))).sort_by("id")
+    assert bare["error_type"].to_pylist() == [None, "INVALID_PROMPT", None]
+
+
 def test_postprocess_that_raises_costs_its_row(llm, model_path, engine_kwargs):
     def picky(row):
         if row["error_type"] is None and row["id"] == 1:
