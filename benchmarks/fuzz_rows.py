@@ -208,7 +208,8 @@ class Fuzzer:
             outputs = [col.output_row(next(results), 1) for _ in range(block.num_rows)]
             answered = col.with_columns(col.without(block, col.ENCODED.names), col.table_of(outputs, col.OUTPUT))
             finished = finish(answered, None, "record")
-            finished.validate(full=True)
+            finished.validate()
+            finished.select(col.OUTPUT.names).validate(full=True)  # the others may be what pyarrow took unchecked
             with pa.ipc.new_stream(io.BytesIO(), finished.schema) as stream:
                 stream.write_table(finished)
             rows += finished.select([*col.OUTPUT.names, PLACE]).to_pylist()
