@@ -5,37 +5,30 @@ first R of D), M table positions, N KV blocks, S slots of a block. No input but 
 """
 
 import functools
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 
-@dataclass(frozen=True)
-class Ops:
-    """The operations of one device; signatures and meaning are those of the functions below."""
-
-    rms_norm: Callable[..., torch.Tensor]
-    add_rms_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    act_mul: Callable[..., torch.Tensor]
-    qk_norm_rope_write: Callable[..., torch.Tensor]
-    write_kv: Callable[..., None]
-
-
-def get_ops(device: torch.device) -> Ops:
-    """The operations for tensors on `device`."""
-    return _triton_ops() if device.type == "cuda" else _TORCH
+def get_ops(device: torch.device) -> Any:
+    """The operations for tensors on `device`: the functions below, or kernels of their names and signatures."""
+    return _triton_ops() if device.type == "cuda" else sys.modules[__name__]
 
 
 @functools.cache
-def _triton_ops() -> Ops:
+def _triton_ops() -> SimpleNamespace:
     from rayinfer.kernels import act_mul, rms_norm, rope_kv
 
-    return Ops(rms_norm.rms_norm, rms_norm.add_rms_norm, act_mul.act_mul, rope_kv.qk_norm_rope_write, rope_kv.write_kv)
+    names = dict(rms_norm=rms_norm.rms_norm, add_rms_norm=rms_norm.add_rms_norm, act_mul=act_mul.act_mul)
+    return SimpleNamespace(**names, qk_norm_rope_write=rope_kv.qk_norm_rope_write, write_kv=rope_kv.write_kv)
 
 
-_ACT: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+_ACT: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -43,7 +36,7 @@ _ACT: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 ACT_KINDS = tuple(_ACT)
 
 
-def rms_norm(x_TC: torch.Tensor, weight_C: torch.Tensor, eps: float, *, gemma: bool = False) -> torch.Tensor:
+def rms_norm(x_TC: Tensor, weight_C: Tensor, eps: float, *, gemma: bool = False) -> Tensor:
     """Root-mean-square norm over the last axis, in fp32 (https://arxiv.org/abs/1910.07467).
 
     gemma=False rounds the normalised values to x's dtype, then multiplies by the weight; gemma=True multiplies by
@@ -58,25 +51,25 @@ def rms_norm(x_TC: torch.Tensor, weight_C: torch.Tensor, eps: float, *, gemma: b
 
 
 def add_rms_norm(
-    x_TC: torch.Tensor, residual_TC: torch.Tensor, weight_C: torch.Tensor, eps: float, *, gemma: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x_TC: Tensor, residual_TC: Tensor, weight_C: Tensor, eps: float, *, gemma: bool = False
+) -> tuple[Tensor, Tensor]:
     """Return (rms_norm(x + residual), x + residual), the sum rounded to x's dtype before the norm."""
     sum_TC = x_TC + residual_TC
     return rms_norm(sum_TC, weight_C, eps, gemma=gemma), sum_TC
 
 
-def act_mul(x_T2I: torch.Tensor, kind: str) -> torch.Tensor:
+def act_mul(x_T2I: Tensor, kind: str) -> Tensor:
     """act(first half of the last axis) * second half; kind is one of ACT_KINDS."""
     gate_TI, up_TI = x_T2I.chunk(2, dim=-1)
     return _ACT[kind](gate_TI).mul_(up_TI)
 
 
 def qk_norm_rope_write(
-    qkv_TC: torch.Tensor, cos_MR: torch.Tensor, sin_MR: torch.Tensor, positions_T: torch.Tensor,
-    slot_mapping_T: torch.Tensor, k_NSKD: torch.Tensor, v_NSKD: torch.Tensor, *, num_heads: int, num_kv_heads: int,
-    head_dim: int, q_weight: torch.Tensor | None = None, k_weight: torch.Tensor | None = None, eps: float = 1e-6,
+    qkv_TC: Tensor, cos_MR: Tensor, sin_MR: Tensor, positions_T: Tensor,
+    slot_mapping_T: Tensor, k_NSKD: Tensor, v_NSKD: Tensor, *, num_heads: int, num_kv_heads: int,
+    head_dim: int, q_weight: Tensor | None = None, k_weight: Tensor | None = None, eps: float = 1e-6,
     gemma: bool = False,
-) -> torch.Tensor:  # fmt: skip
+) -> Tensor:  # fmt: skip
     """Split merged QKV, norm q and k by head (if weights are given), rotate them, write k and v to the cache.
 
     Args:
@@ -102,7 +95,7 @@ def qk_norm_rope_write(
     return q_THD.contiguous()
 
 
-def _rotate(x_TND: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor) -> torch.Tensor:
+def _rotate(x_TND: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
     """Rotary embedding, halves layout (https://arxiv.org/abs/2104.09864): x * cos + rotate_half(x) * sin."""
     rotary_dim = cos_TR.shape[-1]
     half = rotary_dim // 2
@@ -114,8 +107,8 @@ def _rotate(x_TND: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor) -> 
 
 
 def write_kv(
-    k_TKD: torch.Tensor, v_TKD: torch.Tensor, k_NSKD: torch.Tensor, v_NSKD: torch.Tensor,
-    slot_mapping_T: torch.Tensor,
+    k_TKD: Tensor, v_TKD: Tensor, k_NSKD: Tensor, v_NSKD: Tensor,
+    slot_mapping_T: Tensor,
 ) -> None:  # fmt: skip
     """Store keys and values at slot_mapping_T (block * S + offset); -1 writes nothing. Any strides of the cache."""
     if slot_mapping_T.numel() and slot_mapping_T.min() < 0:
@@ -127,6 +120,3 @@ def write_kv(
             cache.view(-1, *cache.shape[2:]).index_copy_(0, slot_mapping_T, x_TKD)
         else:
             cache[slot_mapping_T // block_size, slot_mapping_T % block_size] = x_TKD
-
-
-_TORCH = Ops(rms_norm, add_rms_norm, act_mul, qk_norm_rope_write, write_kv)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -55,17 +56,17 @@ class StepMeta:
         scratch: what a backend worked out for one layer and can use again in the next.
     """
 
-    positions_T: torch.Tensor
-    slot_mapping_T: torch.Tensor
-    block_table_RP: torch.Tensor
-    seq_lens_R: torch.Tensor
-    query_start_R1: torch.Tensor
+    positions_T: Tensor
+    slot_mapping_T: Tensor
+    block_table_RP: Tensor
+    seq_lens_R: Tensor
+    query_start_R1: Tensor
     num_decodes: int
     max_seq_len: int
     max_query_len: int
-    group_start_G1: torch.Tensor | None = None
-    group_len_G: torch.Tensor | None = None
-    shared_len_B: torch.Tensor | None = None
+    group_start_G1: Tensor | None = None
+    group_len_G: Tensor | None = None
+    shared_len_B: Tensor | None = None
     outputs: StepOutputs | None = None
     scratch: dict[Any, Any] = field(default_factory=dict)
 
@@ -79,7 +80,7 @@ class StepOutputs:
         meta: the same rows as decodes of one token each, their KV written already.
     """
 
-    index_L: torch.Tensor
+    index_L: Tensor
     meta: StepMeta
 
 
@@ -87,8 +88,8 @@ class StepOutputs:
 class LayerCache:
     """Keys and values of one layer, both [N, S, K, D] in logical order (a backend may permute the memory)."""
 
-    k_NSKD: torch.Tensor
-    v_NSKD: torch.Tensor
+    k_NSKD: Tensor
+    v_NSKD: Tensor
 
 
 class AttentionBackend(Protocol):
@@ -104,15 +105,11 @@ class AttentionBackend(Protocol):
     ) -> LayerCache:
         """Allocate one layer's KV, zero-filled."""
 
-    def write(self, k_TKD: torch.Tensor, v_TKD: torch.Tensor, cache: LayerCache, meta: StepMeta) -> None:
+    def write(self, k_TKD: Tensor, v_TKD: Tensor, cache: LayerCache, meta: StepMeta) -> None:
         """Store the step's keys and values at `slot_mapping_T`."""
 
-    def prefill(
-        self, q_THD: torch.Tensor, cache: LayerCache, spec: LayerSpec, meta: StepMeta, out_THD: torch.Tensor
-    ) -> None:
+    def prefill(self, q_THD: Tensor, cache: LayerCache, spec: LayerSpec, meta: StepMeta, out_THD: Tensor) -> None:
         """Attend for rows [num_decodes, R), writing tokens from query_start_R1[num_decodes] on of `out_THD`."""
 
-    def decode(
-        self, q_THD: torch.Tensor, cache: LayerCache, spec: LayerSpec, meta: StepMeta, out_THD: torch.Tensor
-    ) -> None:
+    def decode(self, q_THD: Tensor, cache: LayerCache, spec: LayerSpec, meta: StepMeta, out_THD: Tensor) -> None:
         """Attend for rows [0, num_decodes), writing tokens [0, num_decodes) of `out_THD`."""

@@ -6,6 +6,7 @@ the query heads of a KV head packed as its "query tokens". Index tensors are wor
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from rayinfer.attention.base import LayerCache, LayerSpec, StepMeta
 
@@ -26,14 +27,12 @@ class TorchBackend:
             torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
         )
 
-    def write(self, k_TKD: torch.Tensor, v_TKD: torch.Tensor, cache: LayerCache, meta: StepMeta) -> None:
+    def write(self, k_TKD: Tensor, v_TKD: Tensor, cache: LayerCache, meta: StepMeta) -> None:
         from rayinfer.ops import get_ops
 
         get_ops(k_TKD.device).write_kv(k_TKD, v_TKD, cache.k_NSKD, cache.v_NSKD, meta.slot_mapping_T)
 
-    def prefill(
-        self, q_THD: torch.Tensor, cache: LayerCache, spec: LayerSpec, meta: StepMeta, out_THD: torch.Tensor
-    ) -> None:
+    def prefill(self, q_THD: Tensor, cache: LayerCache, spec: LayerSpec, meta: StepMeta, out_THD: Tensor) -> None:
         for first, last, seq_len, blocks, mask_qL in self._chunks(cache, spec, meta):
             num_new, group = last - first, spec.num_heads // spec.num_kv_heads
             q_KgqD = q_THD[first:last].transpose(0, 1).reshape(spec.num_kv_heads, group, num_new, spec.head_dim)
@@ -44,12 +43,10 @@ class TorchBackend:
             out_KgqD = _attend(q_KgqD, k_K1LD, v_K1LD, mask_qL, spec)
             out_THD[first:last] = out_KgqD.reshape(spec.num_heads, num_new, spec.head_dim).transpose(0, 1)
 
-    def decode(
-        self, q_THD: torch.Tensor, cache: LayerCache, spec: LayerSpec, meta: StepMeta, out_THD: torch.Tensor
-    ) -> None:
+    def decode(self, q_THD: Tensor, cache: LayerCache, spec: LayerSpec, meta: StepMeta, out_THD: Tensor) -> None:
         num_rows, group = meta.num_decodes, spec.num_heads // spec.num_kv_heads
         blocks_BP, mask_B1L, stale = self._gather(cache, spec, meta)
-        gathered: list[torch.Tensor] = []
+        gathered: list[Tensor] = []
         for c in (cache.k_NSKD, cache.v_NSKD):
             kv_BLKD = c.index_select(0, blocks_BP.flatten()).view(num_rows, -1, spec.num_kv_heads, spec.head_dim)
             kv_BLKD[stale] = 0  # slots past a row's end may hold NaN, and 0 * NaN is NaN
@@ -98,7 +95,7 @@ class TorchBackend:
         return meta.scratch[key]
 
 
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, spec: LayerSpec) -> torch.Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, spec: LayerSpec) -> Tensor:
     """softmax(scale * q k^T) v with an optional soft cap on the scores; mask is True where a key is seen."""
     if spec.softcap is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=spec.scale)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rayinfer.attention.base import LayerCache, LayerSpec, StepMeta
 from rayinfer.errors import ConfigError
@@ -10,8 +11,6 @@ from rayinfer.kernels.paged_decode import paged_decode
 from rayinfer.kernels.paged_prefill import paged_prefill
 from rayinfer.kernels.rope_kv import write_kv
 from rayinfer.kernels.shared_prefix import shared_prefix
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class TritonBackend:
@@ -37,7 +36,7 @@ class TritonBackend:
                 f"triton attention: num_heads = {spec.num_heads}, num_kv_heads = {spec.num_kv_heads}: the first must be"
                 f" a multiple of the second, 64 times at most{way_out}"
             )
-        if dtype not in _DTYPES:
+        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise ConfigError(f"triton attention: dtype = {dtype}: float32, float16 and bfloat16 are allowed{way_out}")
         if block_size < 16 or block_size & (block_size - 1):
             raise ConfigError(f"block_size = {block_size}: triton attention needs a power of two from 16 on")
@@ -50,23 +49,19 @@ class TritonBackend:
         k, v = (torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2) for _ in range(2))
         return LayerCache(k, v)
 
-    def write(self, k_TKD: torch.Tensor, v_TKD: torch.Tensor, cache: LayerCache, meta: StepMeta) -> None:
+    def write(self, k_TKD: Tensor, v_TKD: Tensor, cache: LayerCache, meta: StepMeta) -> None:
         """Store the step's keys and values at `slot_mapping_T`."""
         write_kv(k_TKD, v_TKD, cache.k_NSKD, cache.v_NSKD, meta.slot_mapping_T)
 
-    def prefill(
-        self, q_THD: torch.Tensor, cache: LayerCache, spec: LayerSpec, meta: StepMeta, out_THD: torch.Tensor
-    ) -> None:
+    def prefill(self, q_THD: Tensor, cache: LayerCache, spec: LayerSpec, meta: StepMeta, out_THD: Tensor) -> None:
         """Attend for rows [num_decodes, R), writing tokens from query_start_R1[num_decodes] on of `out_THD`."""
-        self._prefill(q_THD, cache, spec, meta, out_THD, slice(meta.num_decodes, None), meta.max_query_len)
+        self._prefill(q_THD, cache, spec, meta, out_THD, slice(meta.num_decodes, None))
 
-    def decode(
-        self, q_THD: torch.Tensor, cache: LayerCache, spec: LayerSpec, meta: StepMeta, out_THD: torch.Tensor
-    ) -> None:
+    def decode(self, q_THD: Tensor, cache: LayerCache, spec: LayerSpec, meta: StepMeta, out_THD: Tensor) -> None:
         """Attend for rows [0, num_decodes), writing tokens [0, num_decodes) of `out_THD`."""
         num = meta.num_decodes
         if self.fixed_order:
-            self._prefill(q_THD, cache, spec, meta, out_THD, slice(num), 1)
+            self._prefill(q_THD, cache, spec, meta, out_THD, slice(num))
             return
         rows = (q_THD[:num], cache.k_NSKD, cache.v_NSKD, meta.block_table_RP[:num])
         shared: dict[str, Any] = {}
@@ -82,11 +77,10 @@ class TritonBackend:
         )  # fmt: skip
 
     def _prefill(
-        self, q_THD: torch.Tensor, cache: LayerCache, spec: LayerSpec, meta: StepMeta, out_THD: torch.Tensor,
-        rows: slice, max_query_len: int,
-    ) -> None:  # fmt: skip
+        self, q_THD: Tensor, cache: LayerCache, spec: LayerSpec, meta: StepMeta, out_THD: Tensor, rows: slice
+    ) -> None:
         paged_prefill(
             q_THD, cache.k_NSKD, cache.v_NSKD, meta.block_table_RP[rows], meta.seq_lens_R[rows],
-            meta.query_start_R1[rows.start or 0 :], max_query_len=max_query_len, scale=spec.scale,
+            meta.query_start_R1[rows.start :], max_query_len=1 if rows.stop else meta.max_query_len, scale=spec.scale,
             sliding_window=spec.sliding_window, softcap=spec.softcap, out_THD=out_THD, fixed=self.fixed_order,
         )  # fmt: skip
