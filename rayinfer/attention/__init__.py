@@ -1,7 +1,5 @@
 """Attention backends behind one five-method contract, chosen apart for prefill and decode."""
 
-from __future__ import annotations
-
 from torch import device as Device
 
 from rayinfer.attention.base import AttentionBackend, LayerCache, LayerSpec, StepMeta, StepOutputs
@@ -15,11 +13,20 @@ def backend_name(name: str, device: Device) -> str:
 
 
 def get_backend(name: str, device: Device, fixed_order: bool = False) -> AttentionBackend:
-    """The backend called `name`; `fixed_order` makes triton's results independent of the batch."""
-    if backend_name(name, device) == "triton":
+    """The backend called `name`; `fixed_order` makes triton's results independent of the batch.
+
+    Raises:
+        ConfigError: of another package's: it is not installed, or not for this device.
+    """
+    chosen = backend_name(name, device)
+    if chosen == "triton":
         from rayinfer.attention.triton import TritonBackend
 
         return TritonBackend(fixed_order)
+    if chosen != "torch":
+        from rayinfer.attention.packages import PACKAGES
+
+        return PACKAGES[chosen](device)
     from rayinfer.attention.torch import TorchBackend
 
     return TorchBackend()

@@ -24,7 +24,10 @@ from tests.engine.tiny import TINY
         ({"max_num_seqs": "many"}, ["max_num_seqs = 'many'", "valid integer"]),
         ({"gpu_memory_utilization": 1.5}, ["gpu_memory_utilization = 1.5", "less than or equal to 1"]),
         ({"dtype": "int8"}, ["dtype = 'int8'", "'auto', 'float32', 'float16' or 'bfloat16'"]),
-        ({"decode_backend": "cuda"}, ["decode_backend = 'cuda'", "'auto', 'triton' or 'torch'"]),
+        (
+            {"decode_backend": "cuda"},
+            ["decode_backend = 'cuda'", "'torch', 'flash_attn' or 'flashinfer'"],
+        ),
         ({"num_gpu_blocks_override": 1}, ["num_gpu_blocks_override = 1", "greater than or equal to 2"]),
         ({"cpu_kv_cache_gib": 0}, ["cpu_kv_cache_gib = 0", "greater than 0"]),
         ({"model": None}, ["model = None", "valid string"]),

@@ -23,6 +23,14 @@ FAMILIES = {
             "layer_types": ["sliding_attention", "full_attention"],
         },
     ),
+    "llama128": ("llama", {"head_dim": 128}),  # a head size that every package of attention takes
+    "gemma128": (
+        "gemma3_text",
+        {
+            "sliding_window": 7, "query_pre_attn_scalar": 128, "head_dim": 128,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
 }  # fmt: skip
 
 
