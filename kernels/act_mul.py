@@ -1,7 +1,5 @@
 """The gate of a gated feed-forward block: act(x[:, :I]) * x[:, I:]. T tokens, I intermediate channels."""
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

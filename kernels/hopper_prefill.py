@@ -8,8 +8,6 @@ within each the product of the next scores beside the softmax of the last ones. 
 Legend: M (query, head) pairs of a tile, N tokens of a KV tile, D head size; the others as in `paged_prefill`.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 from triton.experimental import gluon

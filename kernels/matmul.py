@@ -4,8 +4,6 @@ Every tile takes the input channels in the same order, in steps of one size; not
 shape does not depend on the number of rows. Legend: M rows, O output channels, I input channels.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

@@ -8,8 +8,6 @@ head sit in one tile (GQA packing): each key and value is read once.
 Legend: B rows, H query heads, K key/value heads, G = H / K, D head size, N blocks, S slots a block, P blocks a row.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl
@@ -160,8 +158,7 @@ def paged_decode(
     num_kv_heads, group = k_NSKD.shape[2], num_heads // k_NSKD.shape[2]
     device = q_BHD.device
     check_cache(k_NSKD, v_NSKD)
-    assert q_BHD.stride(2) == 1
-    assert block_table_BP.stride(1) == 1
+    assert q_BHD.stride(2) == block_table_BP.stride(1) == 1
     assert num_heads == group * num_kv_heads
     out_BHD = torch.empty_like(q_BHD) if out_BHD is None else out_BHD
     if num_rows == 0:
@@ -179,14 +176,9 @@ def paged_decode(
     shape = dict(NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_D=block_d)
     _decode_kernel[(num_programs,)](
         *tensors, *prefix, num_rows, *strides, k_NSKD.stride()[:3], v_NSKD.stride()[:3], scale, softcap or 0.0,
-        PAGE=k_NSKD.shape[1],
-        WINDOW=sliding_window or 0,
-        SOFTCAP=bool(softcap),
-        MIN_TILES=_MIN_TILES,
         BLOCK_B=max(1024, triton.next_power_of_2(num_rows)),  # one kernel for all but huge batches
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        **shape, num_warps=num_warps, num_stages=num_stages,
+        BLOCK_M=block_m, BLOCK_N=block_n, PAGE=k_NSKD.shape[1], WINDOW=sliding_window or 0, SOFTCAP=bool(softcap),
+        MIN_TILES=_MIN_TILES, **shape, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     outputs = (out_BHD, None, out_BHD.stride()[:2])
     merge_kernel[(num_programs, group)](part, lse, task, *outputs, **shape, BLOCK_P=16, num_warps=2)

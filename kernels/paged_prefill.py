@@ -5,8 +5,6 @@ The query heads of one KV head share a tile with the queries (GQA packing): tile
 Legend: T tokens, R rows, H query heads, K key/value heads, G = H / K, D head size, N blocks, S slots a block.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl
@@ -121,8 +119,7 @@ def paged_prefill(
     num_rows, num_kv_heads = seq_lens_R.shape[0], k_NSKD.shape[2]
     group = num_heads // num_kv_heads
     check_cache(k_NSKD, v_NSKD)
-    assert q_THD.stride(2) == 1
-    assert block_table_RP.stride(1) == 1
+    assert q_THD.stride(2) == block_table_RP.stride(1) == 1
     assert num_heads == group * num_kv_heads
     out_THD = torch.empty_like(q_THD) if out_THD is None else out_THD
     if num_rows == 0 or max_query_len == 0:

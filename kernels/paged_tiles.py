@@ -4,8 +4,6 @@ merge of results over parts of a row.
 Legend: M rows of a query tile, N tokens of a KV tile, D head size; the others are in `rayinfer.attention.base`.
 """
 
-from __future__ import annotations
-
 import functools
 
 import torch

@@ -1,7 +1,5 @@
 """RMS norm (Zhang and Sennrich, 2019), alone and with the residual addition before it. T tokens, C channels."""
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

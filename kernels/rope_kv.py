@@ -4,8 +4,6 @@ Legend: T tokens, C = (H + 2K) * D, H query heads, K key/value heads, D head siz
 M positions of the rotary table, R rotary width; in the kernels, E rows of (token, head) and J half of R.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

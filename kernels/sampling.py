@@ -7,8 +7,6 @@ copied aside, and the search runs on them. Rows too flat for that are searched i
 Legend: R rows, V tokens of the vocabulary, L lanes, each a stride through the row.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

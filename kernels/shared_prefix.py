@@ -8,8 +8,6 @@ Legend: B rows, H query heads, K key/value heads, D head size, N blocks, S slots
 M pairs of a tile; a pair's number is row * GROUP + head, of the GROUP = H / K heads of a KV head.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl
@@ -141,14 +139,9 @@ def shared_prefix(
     strides = (q_BHD.stride()[:2], block_table_BP.stride(0), k_NSKD.stride()[:3], v_NSKD.stride()[:3])
     _prefix_kernel[(num_programs,)](
         *tensors, num_rows, num_groups, *strides, scale, softcap or 0.0,
-        NUM_KV_HEADS=num_kv_heads,
-        GROUP=group,
-        HEAD_DIM=head_dim,
-        PAGE=k_NSKD.shape[1],
-        SOFTCAP=bool(softcap),
-        MIN_TILES=_MIN_TILES,
-        BLOCK_G=max(64, triton.next_power_of_2(num_groups)),
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, num_warps=num_warps, num_stages=num_stages,
+        NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim, PAGE=k_NSKD.shape[1], SOFTCAP=bool(softcap),
+        MIN_TILES=_MIN_TILES, BLOCK_G=max(64, triton.next_power_of_2(num_groups)), BLOCK_M=block_m, BLOCK_N=block_n,
+        BLOCK_D=block_d, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     prefix = out[num_parts:], lse[num_parts:]
     # The pairs of an item lie one after another in the results: to the merge they are heads of one KV head.

@@ -91,10 +91,6 @@ class LocalStore(Store):
             return False
         return True
 
-    def read(self, name: str) -> bytes:
-        with open(f"{self.folder}/{name}", "rb") as file:
-            return file.read()
-
     def _place(self, name: str, data: bytes, move: Any) -> None:
         """Write aside, bring it to the disk, move it to its name, and bring the name to the disk."""
         path, aside = f"{self.folder}/{name}", f"{self.folder}/{META}/tmp/{uuid.uuid4().hex}"

@@ -65,13 +65,15 @@ class Processor:
         Raises:
             ConfigError: the model, its tokenizer or the resources cannot do; no engine has started then.
         """
+        from rayinfer.inputs import InputProcessor
+
         config = self.config
         num_cpus, num_gpus, prepare_cpus, num_engines = self._resources()
         engine = config.engine_config()
         if engine.device == "auto":
             engine = engine.model_copy(update={"device": "cuda" if num_gpus else "cpu"})
         on_cpu = engine.model_copy(update={"device": "cpu"})  # of what needs no weights
-        check_model(on_cpu)
+        InputProcessor(on_cpu)
         batch_size, num_calls = rows_in_flight(engine, config)
         names = ("sampling_params", "on_error", "chat_template", "chat_template_kwargs")
         common, seconds = {name: getattr(config, name) for name in names}, config.function_timeout_s
@@ -93,33 +95,20 @@ class Processor:
         if config.engine_pool is not None:
             llm_kwargs["place"] = Membership(config.engine_pool, uuid.uuid4().hex, engine, high, options)
             options = {"num_cpus": 0}
-        dataset = map_blocks(
-            dataset,
-            LLMProcessor if config.engine_pool is None else SharedProcessor,
-            batch_size,
-            fn_constructor_kwargs=llm_kwargs,
-            batch_format="pyarrow",
-            compute=actor_pool(
-                config.concurrency,
-                # Ray grows a pool only when its actors have near twice the calls that they can run, its default, and
-                # only into nodes that are there. For actors that wait from the start its autoscaler brings nodes at
-                # once; newer Rays give waiting ones up after 10 s, and ask again when there is a node.
-                max_tasks_in_flight_per_actor=num_calls + 2 if low == high else None,
-                initial_size=num_engines,
-            ),
-            max_concurrency=num_calls,
-            **options,
-        )
+        # Ray grows a pool only when its actors have near twice the calls that they can run, its default, and only into
+        # nodes that are there. For actors that wait from the start its autoscaler brings nodes at once; newer Rays give
+        # waiting ones up after 10 s, and ask again when there is a node.
+        most = num_calls + 2 if low == high else None
+        engines = actor_pool(config.concurrency, max_tasks_in_flight_per_actor=most, initial_size=num_engines)
+        operator = LLMProcessor if config.engine_pool is None else SharedProcessor
+        options |= {"fn_constructor_kwargs": llm_kwargs, "compute": engines, "max_concurrency": num_calls}
+        dataset = map_blocks(dataset, operator, batch_size, batch_format="pyarrow", **options)
         finish_kwargs = dict(self.postprocess_map_kwargs)
         if "concurrency" in finish_kwargs:
             finish_kwargs["compute"] = TaskPoolStrategy(size=bounds(finish_kwargs.pop("concurrency"))[1])
-        dataset = dataset.map_batches(
-            cast(Any, finish),
-            fn_kwargs={"postprocess": self.postprocess, "on_error": config.on_error, "seconds": seconds},
-            batch_size=None,  # each block when it comes: rows that wait for others to fill a batch may wait for long
-            batch_format="pyarrow",
-            **finish_kwargs,
-        )
+        finish_kwargs["fn_kwargs"] = {"postprocess": self.postprocess, "on_error": config.on_error, "seconds": seconds}
+        # Each block when it comes: rows that wait for others to fill a batch may wait for long.
+        dataset = dataset.map_batches(cast(Any, finish), batch_size=None, batch_format="pyarrow", **finish_kwargs)
         bear_slow_engines(dataset)
         return dataset
 
@@ -174,10 +163,3 @@ def rows_in_flight(engine: EngineConfig, config: EngineProcessorConfig) -> tuple
     batch_size = config.batch_size or max(8, num_seqs // 8)
     num_calls = config.max_concurrent_batches or math.ceil(2 * num_seqs / batch_size) + 1
     return batch_size, num_calls
-
-
-def check_model(engine: EngineConfig) -> None:
-    """Raise ConfigError for a model or tokenizer that no engine could use."""
-    from rayinfer.inputs import InputProcessor
-
-    InputProcessor(engine)

@@ -6,8 +6,6 @@ next norm does), and q/k norm, rotary and KV write are one operation. The Causal
 Shapes: T tokens, C channels, M positions, R rotary size.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """A loaded causal LM as the runner uses it: bind caches and backends once, then forward steps."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ module's `paged` attribute: a `_Recorder` while the model is looked at, a `Paged
 registered under that name, so transformers builds no masks.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Where a model comes from, and whether its files are all there: checked before anything is loaded."""
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import json

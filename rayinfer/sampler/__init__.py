@@ -1,7 +1,5 @@
 """Batched sampling on the engine's device, and log-probabilities of what was sampled."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any

@@ -1,7 +1,5 @@
 """Sampling in plain torch, batched: what a CPU runs, equal token for token to `rayinfer.kernels.sampling`."""
 
-from __future__ import annotations
-
 import torch
 
 _U32 = 0xFFFFFFFF
