@@ -91,6 +91,7 @@ def _triton(folder: str, monkeypatch: pytest.MonkeyPatch, **kwargs) -> LLM:
     return llm
 
 
+@pytest.mark.usefixtures("dot_by_rows")
 def test_kernels(folder_of, monkeypatch):
     _check(lambda **kwargs: _triton(folder_of("llama"), monkeypatch, **kwargs), 3, 29, 32, 6)
 

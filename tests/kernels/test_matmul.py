@@ -44,6 +44,7 @@ def test_both_ways_to_load(dtype, device):
     assert torch.equal(matmul(x_MI, w_OI, bias_O, tma=True), matmul(x_MI, w_OI, bias_O, tma=False))
 
 
+@pytest.mark.usefixtures("dot_by_rows")
 def test_rows_do_not_depend_on_the_batch(dtype, device):
     x_MI, w_OI, bias_O = _operands(290, 96, 40, dtype, device, 0)
     whole_MO = matmul(x_MI, w_OI, bias_O)
