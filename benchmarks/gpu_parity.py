@@ -1,11 +1,12 @@
-"""Log-probabilities of the whole engine against transformers, teacher-forced, on a GPU with a real model.
+"""Log-probabilities of the whole engine against transformers, teacher-forced, with a real model, on a GPU or a CPU.
 
     python benchmarks/gpu_parity.py --model .cache/models/SmolLM2-135M-Instruct.Q4_1.gguf \\
         --rows .cache/data/demo.parquet
 
 The engine answers the rows greedily (prefix cache, chunks, CUDA graphs); transformers then reads prompt and answer in
 one forward. Compared at every position: what decode steps gave for the answer's tokens, and what prompt chunks give
-for all tokens. transformers in float32 is the yardstick for the error that bfloat16 itself brings to either side.
+for all tokens. transformers in float32 is the yardstick for the error that bfloat16 itself brings to either side, and
+its two attentions in bfloat16, sdpa and eager, are for what another order of sums alone changes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 import torch  # noqa: E402
-from common import messages, table  # noqa: E402
+from common import describe_machine, messages, table  # noqa: E402
 
 
 def engine_logprobs(args: argparse.Namespace, dtype: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -47,7 +48,7 @@ def engine_logprobs(args: argparse.Namespace, dtype: str, rows: list[dict[str, A
 
 
 def reference_logprobs(
-    args: argparse.Namespace, dtype: torch.dtype, results: list[dict[str, Any]]
+    args: argparse.Namespace, dtype: torch.dtype, results: list[dict[str, Any]], attention: str = "sdpa"
 ) -> list[list[float]]:
     """transformers' log-probability of each token but the first, given those before it."""
     from transformers import AutoModelForCausalLM
@@ -56,7 +57,8 @@ def reference_logprobs(
     source = {"pretrained_model_name_or_path": str(path)}
     if path.suffix == ".gguf":
         source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=dtype).to(args.device).eval()
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=dtype, attn_implementation=attention)
+    model = model.to(args.device).eval()
     wanted = []
     with torch.inference_mode():
         for result in results:
@@ -97,10 +99,13 @@ def main() -> None:
             pairs["engine bfloat16 (decode) - transformers float32"] = difference(exact, [r["decode"] for r in ours])
             pairs["engine bfloat16 (prefill) - transformers float32"] = difference(exact, [r["prefill"] for r in ours])
             pairs["transformers bfloat16 - transformers float32"] = difference(exact, same)
+            eager = reference_logprobs(args, dtype, ours, "eager")
+            pairs["transformers bfloat16, eager attention - sdpa"] = difference(same, eager)
         for label, diff in pairs.items():
             quantile = torch.quantile(diff.double(), 0.999).item()
             lines.append([label, diff.numel(), f"{diff.max():.2e}", f"{quantile:.2e}", f"{diff.mean():.2e}"])
             figures[label] = {"positions": diff.numel(), "max": diff.max().item(), "p999": quantile}
+    print(f"`python benchmarks/gpu_parity.py {' '.join(sys.argv[1:])}`", describe_machine(), sep="\n\n", end="\n\n")
     print(table(["log-probability difference", "positions", "max", "99.9 %", "mean"], lines))
     if args.out:
         Path(args.out).write_text(json.dumps(figures, indent=1))
