@@ -126,7 +126,7 @@ def test_bare_map_batches_streams_and_survives_a_lost_worker(local_ray, model_pa
 
 def test_a_long_row_holds_no_call_and_no_row(local_ray, config, expected):
     """With any_rows: of each batch one row is far longer than the rest, and 2 calls run at once."""
-    longest = 200
+    longest = 1500  # takes far longer than Ray takes to bring the next calls
 
     def ask_long(row):
         asked = ask(row)
@@ -134,7 +134,8 @@ def test_a_long_row_holds_no_call_and_no_row(local_ray, config, expected):
             asked["sampling_params"] |= {"max_tokens": longest}
         return asked
 
-    few = config.model_copy(update={"max_concurrent_batches": 2})
+    length = {"max_model_len": 2048, "hf_overrides": {"max_position_embeddings": 2048}}
+    few = config.model_copy(update={"max_concurrent_batches": 2, "engine_kwargs": config.engine_kwargs | length})
     processor = replace(build_processor(few, preprocess=ask_long), any_rows=True)
     rows = processor(ray.data.range(NUM_ROWS, override_num_blocks=1)).take_all()
     assert sorted(row["id"] for row in rows) == list(range(NUM_ROWS))
@@ -144,7 +145,7 @@ def test_a_long_row_holds_no_call_and_no_row(local_ray, config, expected):
         assert row["num_generated_tokens"] == (longest if long else len(expected[row["id"]][1]))
         assert list(row["generated_tokens"])[:4] == expected[row["id"]][1][:4]
     first_long = is_long.index(True)
-    assert first_long > 8, "more short rows than two calls hold came before a long one"
+    assert first_long > 6, "more short rows than two calls hold came before a long one"
 
 
 def test_refused_before_an_actor_starts(local_ray, model_path, engine_kwargs, tmp_path):
