@@ -43,8 +43,7 @@ WHEN_ASKED = ("logprobs", "prompt_logprobs")
 
 def with_columns(table: pa.Table, columns: Mapping[str, Any]) -> pa.Table:
     """The table with columns replaced or appended; without columns a table has no rows to keep."""
-    arrays = {name: table.column(name) for name in table.column_names} | dict(columns)
-    return pa.table(arrays)
+    return pa.table({name: table.column(name) for name in table.column_names} | dict(columns))
 
 
 def to_rows(table: pa.Table) -> tuple[list[dict[str, Any]], dict[int, RowError]]:
@@ -101,11 +100,9 @@ def error_of(row: Mapping[str, Any]) -> RowError | None:
     return RowError(ErrorType(kind), str(message), str(stage)) if isinstance(kind, str) and kind in _TYPES else None
 
 
-def _logprobs(positions: Sequence[Mapping[int, Logprob] | None] | None) -> list[list[dict[str, Any]] | None] | None:
+def _logprobs(positions: Sequence[Mapping[int, Logprob] | None] | None) -> list[Any] | None:
     """A list for each position, of the tokens that were asked for and the one that was taken."""
-    if positions is None:
-        return None
-    return [None if position is None else [_logprob(*item) for item in position.items()] for position in positions]
+    return None if positions is None else [one and [_logprob(*item) for item in one.items()] for one in positions]
 
 
 def _logprob(id: int, entry: Logprob) -> dict[str, Any]:

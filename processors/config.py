@@ -36,7 +36,7 @@ class EngineProcessorConfig(BaseModel):
     accelerator_type: Annotated[str | None, Field(description="GPU type that engines need, such as H100")] = None
     runtime_env: Annotated[dict[str, Any] | None, Field(description="Ray runtime environment of the engines")] = None
     engine_pool: Annotated[str | None, Field(min_length=1, description="shared by processors that name it")] = None
-    function_timeout_s: Annotated[float, Field(gt=0, description="of preprocess or postprocess, for a row")] = 600.0
+    function_timeout_s: Annotated[float, Field(gt=0, le=1e7, description="of pre- or postprocess, for a row")] = 600.0
     on_error: Annotated[Literal["record", "raise"], Field(description="raise: a failed row stops the job")] = "record"
 
     def __init__(self, **data: Any):

@@ -33,11 +33,9 @@ class DrainWatch:
     """
 
     def __init__(self) -> None:
-        self.leaving = False
-        self._noticed = False
+        self.leaving = self._noticed = False
         self._num_calls = 0
-        self._lock = threading.Lock()
-        self._closed = threading.Event()
+        self._lock, self._closed = threading.Lock(), threading.Event()
         if ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None:
             threading.Thread(target=self._run, name="rayinfer-drain", daemon=True).start()
 

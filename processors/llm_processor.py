@@ -98,7 +98,6 @@ class LLMProcessor:
             yield from self._answer(to_arrow(batch))
 
     def _answer(self, table: pa.Table) -> Iterator[pa.Table]:
-        attempt = task_attempt()
         encoded = self._encode(table)
         table = col.without(table, col.ENCODED.names)
         failed = {index: row for index, row in enumerate(encoded) if isinstance(row, RowError)}
@@ -110,13 +109,11 @@ class LLMProcessor:
             key=lambda entry: (entry[1].params.max_tokens or 2**31, len(entry[1].prompt_token_ids)),
             reverse=self._done is not None,  # where no row waits for another, the long ones are not to be the last
         )
-        columns = self._columns([row.params for _, row in good])
-
         with self._turn:
             self._num_brought += len(good)
             last = self._num_brought
         done = self._done or queue.SimpleQueue()
-        source = _Source(table, columns, attempt)
+        source = _Source(table, self._columns([row.params for _, row in good]), task_attempt())
         self._engine.submit(
             [row for _, row in good], lambda place, output: done.put(_Done(source, place, good[place][0], output))
         )
@@ -267,6 +264,7 @@ def sampling_defaults(value: SamplingParams | Mapping[str, Any] | None) -> dict[
 def with_defaults(row: Mapping[str, Any], defaults: Mapping[str, Any]) -> Mapping[str, Any]:
     """The row, its sampling parameters completed; what is no mapping is left for the row's check to refuse."""
     own = row.get("sampling_params")
+    own = own.model_dump(exclude_unset=True) if isinstance(own, SamplingParams) else own
     if own is None or isinstance(own, Mapping):
         given = {key: value for key, value in (own or {}).items() if value is not None}
         return {**row, "sampling_params": {**defaults, **given}}

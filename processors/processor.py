@@ -78,18 +78,14 @@ class Processor:
         names = ("sampling_params", "on_error", "chat_template", "chat_template_kwargs")
         common, seconds = {name: getattr(config, name) for name in names}, config.function_timeout_s
 
-        prepare_kwargs: dict[str, Any] = {"num_cpus": prepare_cpus} | self.preprocess_map_kwargs
-        tokenizers = actor_pool(prepare_kwargs.pop("concurrency", config.tokenizer_concurrency))
-        prepare_kwargs.setdefault("compute", tokenizers)
+        prepare: dict[str, Any] = {"num_cpus": prepare_cpus} | self.preprocess_map_kwargs
+        prepare.setdefault("compute", actor_pool(prepare.pop("concurrency", config.tokenizer_concurrency)))
         own: dict[str, Any] = {"preprocess": self.preprocess, "batch_size": batch_size, "seconds": seconds}
-        dataset = dataset.map_batches(
-            Prepare, fn_constructor_kwargs={"engine": on_cpu, **own, **common}, batch_size=4 * batch_size,
-            batch_format="pyarrow", **prepare_kwargs,
-        )  # fmt: skip
+        prepare["fn_constructor_kwargs"] = {"engine": on_cpu, **own, **common}
+        dataset = dataset.map_batches(Prepare, batch_size=4 * batch_size, batch_format="pyarrow", **prepare)
         low, high = bounds(config.concurrency)
-        options: dict[str, Any] = {"num_cpus": num_cpus, "num_gpus": num_gpus or None}
-        options |= {"accelerator_type": config.accelerator_type, "runtime_env": config.runtime_env}
-        options = {key: value for key, value in options.items() if value is not None}
+        options = config.model_dump(include={"accelerator_type", "runtime_env"}, exclude_none=True)
+        options |= {"num_cpus": num_cpus} | ({"num_gpus": num_gpus} if num_gpus else {})
         llm_kwargs = engine.model_dump(exclude_unset=True) | common
         llm_kwargs |= {"stats_actor": self.stats_actor, "any_rows": self.any_rows}
         if config.engine_pool is not None:
@@ -127,8 +123,9 @@ class Processor:
             wants_gpu = config.accelerator_type is not None or device.startswith("cuda")
             num_gpus = 1.0 if wants_gpu or (device == "auto" and total_gpus > 0) else 0.0
         engines, most = bounds(config.concurrency)
-        tokenizers = bounds(config.tokenizer_concurrency)[0]
-        prepare_cpus = self.preprocess_map_kwargs.get("num_cpus")
+        prepare = self.preprocess_map_kwargs
+        fixed = bounds(prepare.get("concurrency", config.tokenizer_concurrency))[0]
+        tokenizers, prepare_cpus = getattr(prepare.get("compute"), "min_size", fixed), prepare.get("num_cpus")
         given = engines * (config.num_cpus or 0) + tokenizers * (prepare_cpus or 0)
         if given and given > total_cpus - 1:
             raise ConfigError(
@@ -141,8 +138,7 @@ class Processor:
         default = 1.0 if wanted <= total_cpus - 1 and config.engine_pool is None else 0.0  # others take some too
         num_cpus = default if config.num_cpus is None else config.num_cpus
         prepare_cpus = default if prepare_cpus is None else prepare_cpus
-        left = total_cpus - 1 - tokenizers * prepare_cpus
-        fitting = int(left // num_cpus) if num_cpus else taking
+        fitting = int((total_cpus - 1 - tokenizers * prepare_cpus) // num_cpus) if num_cpus else taking
         return num_cpus, num_gpus, prepare_cpus, max(engines, min(most, fitting))
 
 
@@ -161,5 +157,4 @@ def rows_in_flight(engine: EngineConfig, config: EngineProcessorConfig) -> tuple
 
     num_seqs = engine.max_num_seqs or DEFAULT_MAX_NUM_SEQS[engine.device.partition(":")[0]]
     batch_size = config.batch_size or max(8, num_seqs // 8)
-    num_calls = config.max_concurrent_batches or math.ceil(2 * num_seqs / batch_size) + 1
-    return batch_size, num_calls
+    return batch_size, config.max_concurrent_batches or math.ceil(2 * num_seqs / batch_size) + 1

@@ -1,5 +1,6 @@
 """The CPU stages around the engine: the user's functions, chat template and tokenizer, and the result's columns."""
 
+import contextlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -90,6 +91,7 @@ class Prepare:
         inputs = new if any(key in new for key in INPUTS) else row
         request = {key: inputs[key] for key in INPUTS if key in inputs}
         own = new.get("sampling_params")
+        own = own.model_dump(exclude_unset=True) if isinstance(own, SamplingParams) else own
         if isinstance(own, Mapping):  # Python's own, so a None in it is meant: max_tokens=None has no limit
             return {**request, "sampling_params": SamplingParams.from_row({**self._defaults, **own})}
         if "sampling_params" not in new:
@@ -126,8 +128,8 @@ def finish(table: pa.Table, postprocess: RowFunction | None, on_error: str, seco
         row.update({key: value for key, value in new.items() if key not in outputs})
     results: list[Mapping[str, Any] | None] = []
     errors: list[RowError | None] = []
-    for index, result in enumerate(call_all(postprocess, rows, Stage.POSTPROCESS, seconds)):
-        row = rows[index]
+    answers = call_all(postprocess, rows, Stage.POSTPROCESS, seconds)
+    for index, (row, result) in enumerate(zip(rows, answers, strict=True)):
         error = col.error_of(row)
         if isinstance(result, RowError):
             if error is None and on_error == "raise":
@@ -147,10 +149,15 @@ def _with_added(table: pa.Table, added: Sequence[Mapping[str, Any]], outputs: Se
     names = dict.fromkeys(name for row in added for name in row if name not in outputs)
     arrays: dict[str, Any] = {}
     for name in names:
-        old = col.to_rows(table.select([name] if name in table.column_names else []))[0] or [{}] * len(added)
-        values = [row.get(name, before.get(name)) for row, before in zip(added, old, strict=True)]
-        arrays[name] = _input_array(name, values) if name in _INPUT_TYPES else to_array(values)
+        own = _own(table.column(name)) if name in table.column_names else [None] * len(added)
+        values = [row.get(name, old) for row, old in zip(added, own, strict=True)]
+        arrays[name] = _input_array(name, values) if name in _INPUT_TYPES else to_array(values, table, name)
     return col.with_columns(table, arrays)
+
+
+def _own(column: Any) -> list[Any]:
+    """A column's values, as the user's functions get them."""
+    return [row[""] for row in col.to_rows(pa.table({"": column}))[0]]
 
 
 def _result_table(
@@ -168,15 +175,15 @@ def _result_table(
         values = [row.get(name) if result is None else result.get(name) for row, result in pairs]
         passed_through = all(value is row.get(name) for value, row in zip(values, rows, strict=True))
         passed_through &= name not in col.ERROR_COLUMNS or None not in results  # the table does not know these errors
-        if passed_through and name in table.column_names and name not in replaced:
+        own = name in table.column_names and name not in replaced
+        if passed_through and own and not pa.types.is_nested(table.column(name).type):  # what is may have been changed
             arrays[name] = table.column(name)  # it keeps its Arrow type
-        elif passed_through and name in _INPUT_TYPES:
+        elif passed_through and not own and name in _INPUT_TYPES:
             arrays[name] = _input_array(name, values)
         else:
-            arrays[name] = to_array(values, like=[sample[name]] if name in sample else None)
-    own = [set(result) for result in results if result is not None]
+            arrays[name] = to_array(values, table, name, sample.get(name))
     for name in col.ERROR_COLUMNS:
-        if not any(name in keys for keys in own):
+        if not any(name in result for result in results if result is not None):
             texts = [None if error is None else col.error_values(error, "")[name] for error in errors]
             arrays[name] = pa.array(texts, pa.string())
     return pa.table(arrays)
@@ -223,20 +230,29 @@ def _fit(name: str, value: Any) -> Any:
 
 
 def _text(value: Any) -> str:
-    return utf8(value if isinstance(value, str) else json.dumps(value))
+    return utf8(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
 
-def to_array(values: Sequence[Any], like: Sequence[Any] | None = None) -> pa.Array:
-    """An Arrow array of Python values; what Arrow has no type for becomes its text.
+def to_array(values: Sequence[Any], table: pa.Table, name: str, sample: Any = None) -> pa.Array | pa.ChunkedArray:
+    """A column of Python values: the table's of that name if it has these, else one of that type if it holds these.
+
+    Of other values Arrow tells the type; what it has none for becomes its text.
 
     Args:
-        values: None is null. like: values whose type is taken when all of `values` are None.
+        values: None is null. sample: a value whose type is taken when all of `values` are None.
     """
     values = [value.tolist() if isinstance(value, np.ndarray | np.generic) else value for value in values]
+    if sample is not None and all(value is None for value in values):
+        return pa.nulls(len(values), to_array([sample], table, name).type)
+    with contextlib.suppress(Exception):  # there is no such column, or as below
+        column = table.column(name)
+        if repr(_own(column)) == repr(values):
+            return column
+        array, nested = pa.array(values, column.type), pa.types.is_nested(column.type)
+        kept = _own(array)  # Arrow makes times of numbers, and drops keys that a type has not
+        if repr(kept) == repr(values) if nested else all(map(isinstance, kept, map(type, values))):
+            return array
     try:
-        array = pa.array(values)
-        if pa.types.is_null(array.type) and like is not None:
-            array = array.cast(pa.array(like).type)
-        return array
+        return pa.array(values)
     except Exception:  # beside Arrow's own errors: numbers that are too large, surrogates, what a user's object raises
         return pa.array([None if value is None else utf8(value) for value in values], pa.string())

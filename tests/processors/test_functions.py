@@ -46,6 +46,12 @@ def test_functions_that_end_their_process(local_ray, model_path, engine_kwargs):
     assert [rows[i]["text"] for i in good] == [output.outputs[0].text for output in outputs]
 
 
+@pytest.mark.parametrize("seconds", [0, -1, float("inf"), float("nan")])
+def test_limits_that_are_none(seconds):
+    with pytest.raises(errors.ConfigError, match="function_timeout_s = "):
+        EngineProcessorConfig(model_source="m", function_timeout_s=seconds)
+
+
 def test_a_function_that_blocks(local_ray):
     """In a pattern that takes for ever, and holds Python's lock: no thread of its process could stop it."""
 

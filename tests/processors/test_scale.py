@@ -9,7 +9,9 @@ import pytest
 import ray
 from ray.data import DataContext
 
+from rayinfer.errors import ConfigError
 from rayinfer.processors import EngineProcessorConfig, build_processor
+from rayinfer.processors import processor as processor_module
 from rayinfer.processors.drain import DrainWatch
 from rayinfer.processors.ray_compat import IDLE, ending_nodes, finished_blocks, restart_actor
 
@@ -28,6 +30,16 @@ def test_engines_to_begin_with(local_ray, model_path, engine_kwargs):
             model_source=model_path, engine_kwargs=engine_kwargs, concurrency=concurrency, num_gpus=num_gpus
         )
         assert build_processor(config)._resources() == expected, concurrency
+
+
+def test_tokenizers_of_map_kwargs_are_counted(monkeypatch, model_path, engine_kwargs):
+    """Eight of one CPU each would leave none of eight to the read tasks, which then wait for ever."""
+    monkeypatch.setattr(processor_module, "cluster_resources", lambda: {"CPU": 8.0})
+    config = EngineProcessorConfig(model_source=model_path, engine_kwargs=engine_kwargs)
+    for size in ({"concurrency": 8}, {"concurrency": (8, 9)}, {"compute": ray.data.ActorPoolStrategy(size=8)}):
+        assert build_processor(config, preprocess_map_kwargs=size)._resources()[2] == 0.0
+        with pytest.raises(ConfigError, match="8 tokenizer actors would hold 8 of the cluster's 8 CPUs"):
+            build_processor(config, preprocess_map_kwargs={**size, "num_cpus": 1})._resources()
 
 
 @pytest.mark.skipif(not hasattr(DataContext, GUARD), reason="this Ray ends no run that is slow")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 import threading
 
@@ -16,6 +17,7 @@ from transformers import AutoTokenizer
 from rayinfer import ConfigError, EngineConfig, RowError, SamplingParams
 from rayinfer.processors import LLMProcessor
 from rayinfer.processors import columns as col
+from rayinfer.processors.llm_processor import with_defaults
 from rayinfer.processors.stages import Prepare, finish
 
 GREEDY = {"temperature": 0, "max_tokens": 8, "ignore_eos": True}
@@ -242,6 +244,74 @@ def test_row_sampling_params_complete_the_defaults(llm, model_path, engine_kwarg
     stage = prepare(model_path, engine_kwargs, lambda row: {"prompt": "a", "sampling_params": {"max_tokens": None}})
     (encoded,) = stage(names_table(["good"]))
     assert SamplingParams.model_validate_json(encoded.column(col.PARAMS)[0].as_py()).max_tokens is None
+
+
+def test_a_sampling_params_object_completes_the_defaults(model_path, engine_kwargs):
+    for value, expected in ((SamplingParams(top_k=5), (5, 8, 0)), (SamplingParams(max_tokens=None), (0, None, 0))):
+        stage = prepare(model_path, engine_kwargs, lambda row, v=value: {"prompt": "a", "sampling_params": v})
+        (encoded,) = stage(names_table(["good"]))
+        params = SamplingParams.model_validate_json(encoded.column(col.PARAMS)[0].as_py())
+        assert (params.top_k, params.max_tokens, params.temperature) == expected
+        assert with_defaults({"sampling_params": value}, GREEDY)["sampling_params"]["temperature"] == 0
+
+
+RARE = pa.table(
+    {
+        "id": pa.array([1, 2], pa.int32()),
+        "when": pa.array([1, 1700000000123456789], pa.timestamp("ns")),
+        "took": pa.array([1, None], pa.duration("ns")),
+        "time": pa.array([1, 2], pa.time64("ns")),
+        "map": pa.array([[("a", 1)], []], pa.map_(pa.string(), pa.int32())),
+        "large": pa.array([2**64 - 1, 0], pa.uint64()),
+        "nothing": pa.array([None, None], pa.string()),
+        "vector": pa.array([[0.1, float("nan")], [1.0, 2.0]], pa.list_(pa.float32())),
+        "score": pa.array([float("nan"), 0.1], pa.float32()),
+        "kind": pa.array(["a", "b"]).dictionary_encode(),
+        "tags": pa.array([["old"], []], pa.list_(pa.string())),
+        "meta": pa.array([{"a": 1}, {"a": 2}], pa.struct([("a", pa.int8())])),
+    }
+)
+
+
+def with_row(table, *changes):
+    """The table, as it is when preprocess returned its rows, changed."""
+    rows = [{**row, **change} for row, change in zip(table.to_pylist(), changes or ({}, {}), strict=True)]
+    return table.append_column(col.ROW, pa.array([col.pack(row) for row in rows], pa.binary()))
+
+
+def test_a_row_that_is_returned_keeps_its_types_and_values():
+    for table in (RARE, with_row(RARE)):
+        for postprocess in (None, lambda row: row, lambda row: pickle.loads(pickle.dumps(row))):
+            result = finish(table, postprocess, "record").select(RARE.column_names)
+            assert result.schema == RARE.schema
+            assert str(result.to_pylist()) == str(RARE.to_pylist())
+            for name in ("when", "took", "time"):
+                assert result[name].cast(pa.int64()) == RARE[name].cast(pa.int64())
+
+
+def test_a_row_that_is_changed_keeps_the_types_that_hold_it():
+    changes = {"id": 7, "when": pd.Timestamp(5, unit="ns"), "nothing": "x", "kind": "c", "score": 0.5}
+    wider = {"id": 2**40, "nothing": 2.0, "meta": {"a": 2, "b": 1}, "vector": [0.1]}
+    for change, kinds in (
+        (changes, {name: RARE.schema.field(name).type for name in changes}),
+        (wider, {"id": pa.int64(), "nothing": pa.float64()}),
+    ):
+        for postprocess, table in ((None, with_row(RARE, change, {})), (lambda row, c=change: {**row, **c}, RARE)):
+            result = finish(table, postprocess, "record")
+            assert {name: result.schema.field(name).type for name in kinds} == kinds
+            assert {name: result[name][0].as_py() for name in change} == change
+
+
+def test_a_value_that_is_changed_in_its_place_is_not_lost():
+    def postprocess(row):
+        row["tags"].append("new")
+        row["meta"]["b"] = "more"
+        return row
+
+    result = finish(RARE, postprocess, "record")
+    assert result["tags"].to_pylist() == [["old", "new"], ["new"]]
+    assert result["tags"].type == RARE["tags"].type
+    assert result["meta"].to_pylist() == [{"a": 1, "b": "more"}, {"a": 2, "b": "more"}]
 
 
 def test_logprobs_when_asked(llm, model_path, engine_kwargs):
