@@ -11,13 +11,13 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from rayinfer.bench.command import bench
-from rayinfer.errors import ConfigError
+from rayinfer.errors import ConfigError, bare_uri
+from rayinfer.pipelines.progress import facts_grid
 
-COMPLETE, INCOMPLETE, REFUSED, FAILED_ROWS, INTERRUPTED = 0, 1, 2, 3, 130
+INCOMPLETE, REFUSED, FAILED_ROWS, INTERRUPTED = 1, 2, 3, 130
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -26,7 +26,7 @@ app = typer.Typer(
 
 
 _Strict = Annotated[bool, typer.Option("--strict", help="Exit with 3 if any row failed.")]
-_Json = Annotated[Path | None, typer.Option("--json", help="Write the summary to this file as JSON.")]
+_Json = Annotated[Path | None, typer.Option("--json", dir_okay=False, help="Write the summary to this file as JSON.")]
 _Address = Annotated[str | None, typer.Option(help="Ray cluster; default: one of its own on this machine.")]
 _Verbose = Annotated[bool, typer.Option("--verbose", help="Show Ray's logs, and the trace of what went wrong.")]
 _JobFile = Annotated[Path | None, typer.Option("--job", help="Job file, if it holds what no log may keep.")]
@@ -57,12 +57,11 @@ def replay(
     verbose: _Verbose = False,
 ) -> None:  # fmt: skip
     """Run the failed rows of a complete job again. Exit codes: as of `run`."""
-    from rayinfer.pipelines.job import load_job
 
     def load() -> Any:
         from rayinfer.pipelines.identity import recall_job
 
-        return load_job(job) if job is not None else recall_job(output)
+        return recall_job(output) if job is None else _job_of(output, job)
 
     _execute(load, strict, json_file, {"replay": True, "address": address, "verbose": verbose})
 
@@ -70,14 +69,14 @@ def replay(
 @app.command()
 def verify(output: _Output, job: _JobFile = None) -> None:
     """Prove that OUTPUT has every row of its source once. Exit codes: 0 it has; 1 it has not; 2 no job's output."""
-    from rayinfer.pipelines.job import load_job, resolve_uri
+    from rayinfer.pipelines.job import resolve_uri
     from rayinfer.pipelines.verify import verify
 
     try:
-        facts, wrong = verify(resolve_uri(output, "."), load_job(job).sink if job is not None else None)
+        facts, wrong = verify(resolve_uri(output, "."), None if job is None else _job_of(output, job).sink)
     except ConfigError as error:
         refuse(error)
-    _show(facts)
+    Console().print(facts_grid(facts))
     for line in wrong:
         Console().print(Text(f"wrong: {line}", style="bold red"), soft_wrap=True)
     if wrong:
@@ -85,18 +84,30 @@ def verify(output: _Output, job: _JobFile = None) -> None:
     Console().print(Text("every row is there once", style="bold green"))
 
 
+def _job_of(output: str, path: Path) -> Any:
+    """The job file at `path`. Raises ConfigError if its output is another one."""
+    from rayinfer.pipelines.job import load_job, resolve_uri
+
+    job = load_job(path)
+    if len({bare_uri(uri).rstrip("/") for uri in (resolve_uri(output, "."), job.sink.uri)}) > 1:
+        raise ConfigError(f"OUTPUT = {output!r}: the job of --job writes to {job.sink.uri!r}; name that, or its job")
+    return job
+
+
 def _execute(load: Callable[[], Any], strict: bool, json_file: Path | None, options: dict[str, Any]) -> None:
     """Run a job, print what it came to, and exit with its code."""
     console, errors = Console(), Console(stderr=True)
     Stopper()
     try:
+        if json_file is not None:
+            json_file.parent.mkdir(parents=True, exist_ok=True)  # what it is for comes after hours
         spec = load()
         console.print(Text("checking the job", style="dim"))
         from rayinfer.pipelines.report import print_report
         from rayinfer.pipelines.run import run_job
 
         result = run_job(spec, **options, console=console)
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:
         refuse(error)
     except KeyboardInterrupt:
         errors.print("stopped before the job began", style="bold red")
@@ -105,28 +116,20 @@ def _execute(load: Callable[[], Any], strict: bool, json_file: Path | None, opti
     if json_file is not None:
         json_file.write_text(json.dumps(result.as_dict(), indent=1, default=str) + "\n", encoding="utf-8")
     if not result.complete:
-        errors.print(Text(f"{result.num_rows_out:,} of {result.num_rows_in:,} rows are kept; to go on, type:"))
-        again = [word for word in sys.argv[1:] if word != "--overwrite"]
-        errors.print(Text(f"  rayinfer {shlex.join(again)}"), soft_wrap=True)
+        if "--overwrite" not in result.reason:  # else the same command comes no further
+            errors.print(Text(f"{result.num_rows_out:,} of {result.num_rows_in:,} rows are kept; to go on, type:"))
+            again = [word for word in sys.argv[1:] if word != "--overwrite"]
+            errors.print(Text(f"  rayinfer {shlex.join(again)}"), soft_wrap=True)
         raise typer.Exit(INTERRUPTED if result.status == "interrupted" else INCOMPLETE)
     if strict and result.num_failed:
         raise typer.Exit(FAILED_ROWS)
 
 
-def refuse(error: ConfigError) -> NoReturn:
+def refuse(error: Exception) -> NoReturn:
     """Say what the user has to change, and exit."""
-    for line in str(error).splitlines():
+    for line in bare_uri(str(error)).splitlines():
         Console(stderr=True).print(Text.assemble(("refused: ", "bold red"), line), soft_wrap=True)
     raise typer.Exit(REFUSED) from None
-
-
-def _show(facts: list[tuple[str, str]]) -> None:
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="dim", no_wrap=True)
-    grid.add_column(overflow="fold")
-    for name, value in facts:
-        grid.add_row(name, Text(value))
-    Console().print(grid)
 
 
 app.command()(bench)
@@ -139,7 +142,7 @@ def doctor() -> None:
 
     console = Console()
     facts, missing = examine()
-    _show(facts)
+    console.print(facts_grid(facts))
     for line in missing:
         console.print(Text(f"missing: {line}", style="yellow"), soft_wrap=True)
     console.print(Text("ready" if not missing else "ready, without what is missing", style="bold green"))

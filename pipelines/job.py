@@ -85,8 +85,7 @@ class ProcessorSpec(_Spec):
     @classmethod
     def _range(cls, value: Any) -> Any:
         some = value if isinstance(value, list | tuple) else [value]
-        whole = all(isinstance(item, int) and not isinstance(item, bool) for item in some)
-        if not whole or len(some) not in (1, 2) or not 1 <= some[0] <= some[-1]:
+        if any(type(item) is not int for item in some) or len(some) not in (1, 2) or not 1 <= some[0] <= some[-1]:
             raise ValueError("want a number of engines >= 1, or [min, max]")
         return value
 
@@ -161,14 +160,15 @@ class JobSpec(_Spec):
 class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML lets a key appear twice and keeps the last; half of what was typed would be ignored in silence."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.MarkedYAMLError(problem=f"key {key!r} is there twice", problem_mark=key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node, seen = super().compose_mapping_node(anchor), set()
+        for key, _ in node.value:
+            plain = isinstance(key, yaml.ScalarNode)
+            if not plain or key.value in seen:
+                text = f"key {key.value!r} is there twice" if plain else "put quotes around a text that has {{ }} in it"
+                raise yaml.MarkedYAMLError(problem=text, problem_mark=key.start_mark)
+            seen.add(key.value)
+        return node
 
 
 def load_job(path: str | os.PathLike[str], *, limit: int | None = None) -> JobSpec:
@@ -200,5 +200,4 @@ def resolve_uri(uri: str, base: str | os.PathLike[str]) -> str:
 def _resolve_model(source: str, base: str | os.PathLike[str]) -> str:
     """A path if it looks like one or is there; else a hub id (`org/name`), which looks like a path and is none."""
     local = resolve_uri(source, base)
-    looks_local = source.startswith((".", "/", "~")) or source.endswith(".gguf")
-    return local if looks_local or os.path.exists(local) else source
+    return local if source.startswith((".", "/", "~")) or source.endswith(".gguf") or os.path.exists(local) else source

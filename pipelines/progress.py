@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -131,6 +131,16 @@ class Progress:
         while len("  ".join(facts)) > self._console.width:
             facts.pop()
         return Group(bar, Text("  ".join(facts), style="dim", no_wrap=True))
+
+
+def facts_grid(facts: Iterable[tuple[str, str]]) -> Table:
+    """Names and values, as they are: a path or a column may look like markup."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in facts:
+        grid.add_row(name, Text(value))
+    return grid
 
 
 def clock(seconds: float) -> str:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rayinfer.pipelines.log import CommitLog
-from rayinfer.pipelines.progress import clock
+from rayinfer.pipelines.progress import clock, facts_grid
 from rayinfer.processors.columns import OUTPUT
 
 NUM_SAMPLES = 12  # to choose from
@@ -91,26 +91,22 @@ def print_report(console: Console, result: JobResult) -> None:
     """Print the summary, fitted to the console's width."""
     if result.samples:
         console.print(_samples(result, console.width))
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="dim", no_wrap=True)
-    grid.add_column(overflow="fold")
     sign = "=" if result.num_rows_in == result.num_rows_out else "!="
     equation = f"{result.num_rows_in:,} in {sign} {result.num_ok:,} ok + {result.num_failed:,} failed"
-    grid.add_row("rows", equation + " (checked by key)" * result.complete)
-    for error_type, count in Counter(result.errors).most_common():
-        grid.add_row("", f"{error_type}: {count:,}")
+    facts = [("rows", equation + " (checked by key)" * result.complete)]
+    facts += [("", f"{error_type}: {count:,}") for error_type, count in Counter(result.errors).most_common()]
     if result.num_rows_out:
         cached = f" ({result.num_cached_tokens:,} from the prefix cache)" if result.num_cached_tokens else ""
-        grid.add_row("tokens", f"{result.num_input_tokens:,} in{cached}, {result.num_generated_tokens:,} out")
+        facts.append(("tokens", f"{result.num_input_tokens:,} in{cached}, {result.num_generated_tokens:,} out"))
     if result.seconds.get("run"):
         rows, tokens_in, tokens_out = map(result.per_second, _RATES)
-        grid.add_row("speed", f"{rows:,.1f} rows/s, {tokens_in:,.0f} tokens/s in, {tokens_out:,.0f} out")
+        facts.append(("speed", f"{rows:,.1f} rows/s, {tokens_in:,.0f} tokens/s in, {tokens_out:,.0f} out"))
     stages = ", ".join(f"{_STAGES[key]} {seconds:.1f}s" for key, seconds in result.seconds.items())
-    grid.add_row("time", f"{clock(sum(result.seconds.values()))}: {stages}")
+    facts.append(("time", f"{clock(sum(result.seconds.values()))}: {stages}"))
     num_bytes = result.num_bytes
     size = f"{num_bytes / 2**20:,.1f} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:.0f} KiB"
-    grid.add_row("table", f"{result.output} ({result.num_parts:,} part{'s' * (result.num_parts != 1)}, {size})")
-    console.print(grid)
+    facts.append(("table", f"{result.output} ({result.num_parts:,} part{'s' * (result.num_parts != 1)}, {size})"))
+    console.print(facts_grid(facts))
     if result.complete:
         also = ", with failed rows: see error_type and error_message" if result.num_failed else ""
         console.print(Text(f"complete{also}", style="bold yellow" if also else "bold green"))
@@ -128,9 +124,9 @@ def _samples(result: JobResult, width: int) -> Table:
     own = [name for name in rows[0] if name not in OUTPUT.names and name != result.key_column]
     shown = sorted(own, key=lambda name: -sum(len(row[name] or "") for row in rows))[:1]
     table = Table(show_lines=True, title="a few rows", title_justify="left", title_style="dim")
-    table.add_column(result.key_column, overflow="ellipsis", max_width=max(width // 6, 6))
+    table.add_column(Text(result.key_column), overflow="ellipsis", max_width=max(width // 6, 6))
     for name in (*shown, "generated_text"):
-        table.add_column(name, ratio=1, overflow="fold")
+        table.add_column(Text(name), ratio=1, overflow="fold")
     chars = max(width * 2 // 5, 20) * 3  # about three lines
     for row in rows:
         failed = row["error_type"] is not None

@@ -10,7 +10,7 @@ import platform
 import signal
 import threading
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -89,8 +89,7 @@ def prepare(spec: JobSpec, *, overwrite: bool = False) -> Plan:
         if spec.messages is not None:
             tokenizer = load_tokenizer(on_cpu)
             if tokenizer is None or not tokenizer.chat_template:
-                name = spec.model.model
-                raise ConfigError(f"messages: the model {name!r} has no chat template; write `prompt` instead")
+                raise ConfigError(f"messages: model {spec.model.model!r} has no chat template; write `prompt` instead")
     return plan
 
 
@@ -158,9 +157,9 @@ def run_job(
             _finish(plan, log, result, times)
     except KeyboardInterrupt:
         result.status, result.reason = "interrupted", "stopped before all rows were done"
-    except ConfigError:
-        raise
     except Exception as error:  # a lost node, a full disk, a bug: what was finished is told, and that it is not all
+        if isinstance(error, ConfigError) and "start" not in times.seconds:
+            raise  # the work had not begun
         if verbose:
             console.print_exception()
         result.reason = str(error) if isinstance(error, OutputTakenError) else _cause(error)
@@ -178,15 +177,14 @@ def _work(
     log = plan.log
     if log is not None and not (log.num_missing or replay):
         return _take_over(plan, overwrite)  # only the end of an earlier run is left to do
-    num_before = result.num_ok if replay else result.num_rows_out
-    with Progress(console, plan.census.num_rows, num_before) as progress:
+    with Progress(console, plan.census.num_rows, result.num_ok if replay else result.num_rows_out) as progress:
         times.enter("start")
         progress.phase("starting Ray")
-        with _ray(*cluster), _Board(times) as board:
-            times.enter("load")
-            progress.phase("loading the model", board.poll)
-            dataset: ray.data.Dataset | None = _dataset(plan, board.actor, log)  # refuses before anything is removed
+        with _ray(*cluster), _board(times) as (board, poll):
+            progress.phase("loading the model", poll)
+            dataset: ray.data.Dataset | None = _dataset(plan, board, log)  # refuses before anything is removed
             log = _take_over(plan, overwrite)
+            times.enter("load")
             if replay:
                 _take_failed_out(plan, log)
                 dataset = None
@@ -203,7 +201,7 @@ def _work(
 
             def blocks() -> Generator[Block, None, None]:
                 nonlocal dataset
-                lazy, dataset = dataset or _dataset(plan, board.actor, log), None
+                lazy, dataset = dataset or _dataset(plan, board, log), None
                 return finished_blocks(lazy)
 
             try:
@@ -232,8 +230,7 @@ def _take_over(plan: Plan, overwrite: bool) -> CommitLog:
     if plan.table:
         plan.table.sync(log, first=True)
     replaced = [name for name in store.sizes() if part_ids([name]) & set(job["replaces"])]
-    folders = [f"{META}/log-{id}/" for id in job["replaces"]]
-    store.remove([*log.garbage(), *replaced, *folders, f"{META}/tmp/"])
+    store.remove([*log.garbage(), *replaced, *(f"{META}/log-{id}/" for id in job["replaces"]), f"{META}/tmp/"])
     return log
 
 
@@ -268,10 +265,11 @@ def check_equation(census: Census, log: CommitLog, uri: str) -> str:
     if log.num_missing:
         return f"{log.num_missing:,} of {census.num_rows:,} rows are missing after {MAX_FRUITLESS_ROUNDS} more rounds"
     if log.digest() != census.key_digest():
-        return f"{census.num_rows:,} rows came out, but their keys are not those that went in"
+        return f"{census.num_rows:,} rows came out, but their keys are not those that went in; give --overwrite"
     sizes = log.store.sizes()
     gone = sorted(name for name, part in log.parts.items() if sizes.get(name) != part.num_bytes)
-    return f"{len(gone)} part(s) are no longer in {uri!r} as they were written (first: {gone[0]})" if gone else ""
+    text = f"part(s) are no longer in {bare_uri(uri)!r} as they were written; start afresh with --overwrite"
+    return f"{len(gone)} {text} (first: {gone[0]})" if gone else ""
 
 
 class _Times:
@@ -289,33 +287,27 @@ class _Times:
         self._stage, self._since = stage, now
 
 
-class _Board:
-    """The actor that engines report to, asked from the display's thread until the job is over."""
+@contextmanager
+def _board(times: _Times) -> Iterator[tuple[Any, Callable[[], Mapping[str, Any] | None]]]:
+    """The actor that engines report to, and what asks it from the display's thread until the job is over."""
+    actor: Any = StatsBoard.remote()  # type: ignore[attr-defined]
+    lock, over = threading.Lock(), False  # no call may be under way when Ray is shut down
 
-    def __init__(self, times: _Times):
-        self._times = times
-        self._lock = threading.Lock()  # no call may be under way when Ray is shut down
-        self._open = True
-
-    def __enter__(self) -> _Board:
-        self.actor = StatsBoard.remote()  # type: ignore[attr-defined]
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        with self._lock:
-            self._open = False
-
-    def poll(self) -> Mapping[str, Any] | None:
-        with self._lock:
-            if not self._open:
-                return None
+    def poll() -> Mapping[str, Any] | None:
+        with lock:
             try:
-                stats = ray.get(self.actor.snapshot.remote(), timeout=2)
+                stats = None if over else ray.get(actor.snapshot.remote(), timeout=2)
             except ray.exceptions.RayError:  # late or lost: the display shows what it had
                 return None
-        if stats["num_engines"]:
-            self._times.enter("run")
+        if stats and stats["num_engines"]:
+            times.enter("run")
         return stats
+
+    try:
+        yield actor, poll
+    finally:
+        with lock:
+            over = True
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Any
 from jinja2 import StrictUndefined, TemplateSyntaxError, meta, nodes
 
 from rayinfer.chat import ControlTokens, Templated
-from rayinfer.errors import ConfigError, ErrorType, RowError, describe, nearest
+from rayinfer.errors import ConfigError, ErrorType, RowError, choices, describe
 from rayinfer.sandbox import Sandbox
 
 ROW_NAME = "row"  # `row["my column"]` reaches columns whose name is no Jinja2 identifier
@@ -63,8 +63,8 @@ class PromptTemplate:
             if ROW_NAME not in columns:
                 used = (used - {ROW_NAME}) | _keys_of_row(tree)
             for name in sorted(used - set(columns)):
-                known = f"{nearest(name, columns)} Columns: {', '.join(columns)}"
-                raise ConfigError(f"{place}: the template uses {name!r}, which is no column of the source{known}")
+                text = f"the template uses {name!r}, which is no column of the source{choices(name, columns)}"
+                raise ConfigError(f"{place}: {text}")
 
     def render(self, row: Mapping[str, Any], control: ControlTokens | None = None) -> dict[str, Any]:
         """Render one row.
@@ -86,12 +86,12 @@ class PromptTemplate:
             raise RowError(ErrorType.TEMPLATE_ERROR, f"the template raised {describe(error, row)}") from None
         if self._roles is None:
             return {"prompt": Templated.of(texts[0])}
-        pairs = zip(self._roles, texts, strict=True)
-        return {"messages": [{"role": role, "content": text} for role, text in pairs]}
+        return {"messages": [{"role": role, "content": text} for role, text in zip(self._roles, texts, strict=True)]}
 
 
 def _keys_of_row(tree: nodes.Template) -> set[str]:
-    """Names used as `row["name"]` or `row.name`."""
-    keys = {node.attr for node in tree.find_all(nodes.Getattr) if getattr(node.node, "name", "") == ROW_NAME}
+    """Names used as `row["name"]` or `row.name`; `row.get` is a method, whatever columns there are."""
+    own = (node for node in tree.find_all(nodes.Getattr) if getattr(node.node, "name", "") == ROW_NAME)
+    keys = {node.attr for node in own if not hasattr(dict, node.attr)}
     items = [node.arg for node in tree.find_all(nodes.Getitem) if getattr(node.node, "name", "") == ROW_NAME]
     return keys | {arg.value for arg in items if isinstance(arg, nodes.Const) and isinstance(arg.value, str)}

@@ -69,7 +69,7 @@ class UnsupportedModelError(ConfigError):
 def bare_uri(text: str) -> str:
     """A URI, or a text with URIs in it, without user, password and query, in which credentials travel."""
     text = re.sub(r"://[^/\s'\"]*@", "://", text)
-    return re.sub(r"(://[^\s'\"?]*)\?[^\s'\"]*", r"\1", text)
+    return re.sub(r"(://[^\s'\"]*?)\?[^\s'\"/?=]*=[^\s'\"]*", r"\1", text)  # without a "=" the ? is a glob's
 
 
 def describe(error: BaseException, row: Any) -> str:
@@ -115,6 +115,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {match[0]!r}?" if match else ""
 
 
+def choices(name: str, known: Iterable[str], what: str = "Columns") -> str:
+    """The end of an error about an unknown name: the nearest known one, and all."""
+    return f"{nearest(name, known) or '.'} {what}: {', '.join(known)}"
+
+
 def explain_validation(error: ValidationError, model: type[BaseModel], place: str) -> str:
     """Turn a pydantic error into one line an entry: the place, the field, the value, what is allowed.
 
@@ -125,25 +130,19 @@ def explain_validation(error: ValidationError, model: type[BaseModel], place: st
     for entry in entries[:_MAX_LINES]:
         field = ".".join(str(part)[:_MAX_SHOWN] for part in entry["loc"])
         if entry["type"] == "extra_forbidden":
-            fields = _fields_at(model, entry["loc"][:-1])
-            known = ", ".join(sorted(fields))
-            lines.append(f"{place}: unknown key {field!r}{nearest(field.split('.')[-1], fields)} Known keys: {known}")
+            fields = sorted(_fields_at(model, entry["loc"][:-1]))
+            lines.append(f"{place}: unknown key {field!r}{choices(field.split('.')[-1], fields, 'Known keys')}")
             continue
         value: Any = entry.get("input")
-        shown = repr(value)
-        if len(shown) > _MAX_SHOWN:
-            shown = f"a {type(value).__name__}"
-        message = entry["msg"].removeprefix("Value error, ")
-        lines.append(f"{place}: {field or 'value'} = {shown}: {message}")
-    more = [f"{place}: and {len(entries) - _MAX_LINES} more"] if len(entries) > _MAX_LINES else []
-    return "\n".join(lines + more)
+        shown = repr(value) if len(repr(value)) <= _MAX_SHOWN else f"a {type(value).__name__}"
+        lines.append(f"{place}: {field or 'value'} = {shown}: {entry['msg'].removeprefix('Value error, ')}")
+    return "\n".join(lines + [f"{place}: and {len(entries) - _MAX_LINES} more"] * (len(entries) > _MAX_LINES))
 
 
 def _fields_at(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
     """Names of the fields of the (nested) model that `path` leads to."""
     for part in path:
-        field = model.model_fields.get(str(part))
-        inner = getattr(field, "annotation", None)
+        inner = getattr(model.model_fields.get(str(part)), "annotation", None)
         candidates = [inner, *getattr(inner, "__args__", ())]
         nested = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
         if not nested:

@@ -15,7 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from rayinfer.pipelines import cli as command_line
 from rayinfer.pipelines.sinks import MARKER
 from rayinfer.pipelines.verify import verify
 
@@ -85,6 +87,26 @@ def test_a_job_in_a_pipe(cli, job_file, tmp_path):
         _, err = process.communicate(timeout=PATIENCE)
         assert process.returncode == 2
         assert "no _rayinfer/job.json there" in err
+
+
+def test_the_folder_of_the_summary_is_made_before_the_run(job_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(command_line, "Stopper", lambda: None)
+    job_file.write_text("prompt: x")
+    result = CliRunner().invoke(command_line.app, ["run", str(job_file), "--json", str(tmp_path / "new/sum.json")])
+    assert result.exit_code == 2, result.output
+    assert (tmp_path / "new").is_dir()
+    result = CliRunner().invoke(command_line.app, ["run", str(job_file), "--json", str(job_file / "sum.json")])
+    assert result.exit_code == 2, result.output
+
+
+def test_replay_and_verify_take_no_job_of_another_output(job_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(command_line, "Stopper", lambda: None)
+    for command in ("replay", "verify"):
+        result = CliRunner().invoke(command_line.app, [command, str(tmp_path / "other"), "--job", str(job_file)])
+        assert result.exit_code == 2
+        assert "the job of --job writes to" in result.output
+    result = CliRunner().invoke(command_line.app, ["verify", str(tmp_path / "out/"), "--job", str(job_file)])
+    assert "no _rayinfer/job.json there" in result.output
 
 
 def test_sigterm_before_the_start_ends_it_too(cli, job_file):

@@ -16,10 +16,12 @@ import pytest
 
 from benchmarks import commit_crashes as sim
 from rayinfer.errors import ConfigError
+from rayinfer.pipelines import run
 from rayinfer.pipelines import store as store_module
-from rayinfer.pipelines.identity import bare_uri, differences
+from rayinfer.pipelines.identity import bare_uri, differences, read_job
 from rayinfer.pipelines.keys import pack_rows
 from rayinfer.pipelines.log import CommitLog, Lease, OutputTakenError, Part
+from rayinfer.pipelines.run import check_equation
 from rayinfer.pipelines.sinks import MARKER
 from rayinfer.pipelines.store import META, Store, claim, open_store
 from rayinfer.pipelines.verify import verify
@@ -158,6 +160,8 @@ def test_the_lease_tells_a_living_driver_from_a_dead_one(output):
 def test_differences_name_the_field_and_keep_secrets():
     assert bare_uri("s3://key:pass@bucket/a/*.parquet?token=1") == "s3://bucket/a/*.parquet"
     assert bare_uri("/data/what?.csv") == "/data/what?.csv"
+    assert bare_uri("s3://key:pass@b/?/part-?.parquet?sig=a/b=1&x") == "s3://b/?/part-?.parquet"
+    assert bare_uri("s3://b/part-?/k=1/a.parquet") == "s3://b/part-?/k=1/a.parquet"
     old = {"prompt": "x" * 100 + "old", "sampling.seed": 1, "same": 2}
     lines = differences(old, {"prompt": "x" * 100 + "new", "model.dtype": "float32", "same": 2})
     assert lines == [
@@ -166,6 +170,35 @@ def test_differences_name_the_field_and_keep_secrets():
         "sampling.seed: '1' -> nothing",
     ]
     assert differences({str(i): 1 for i in range(20)}, {})[-1] == "and 12 more"
+
+
+def test_a_part_that_is_gone_is_told_without_the_password_and_with_a_way_out(tmp_path):
+    plan = sim.plan_of(open_store(str(tmp_path)), 24)
+    sim.drive(plan.store, 24, sim.Orderly, random.Random(0))
+    log = CommitLog(plan.store, read_job(plan.store)["id"], 24)
+    log.load()
+    assert check_equation(plan.census, log, "s3://key:hush@bucket/out") == ""
+    next(tmp_path.glob("part-*")).unlink()
+    reason = check_equation(plan.census, log, "s3://key:hush@bucket/out")
+    assert reason.startswith("1 part(s) are no longer in 's3://bucket/out'")
+    assert "start afresh with --overwrite" in reason
+
+
+def test_what_is_refused_once_the_work_has_begun_is_told_in_the_report(tmp_path, monkeypatch):
+    def work(plan, result, times, *args, **kwargs):
+        for stage in stages:
+            times.enter(stage)
+        raise ConfigError("the table has 'x.parquet', which no job wrote")
+
+    plan = sim.plan_of(open_store(str(tmp_path)), 24)
+    monkeypatch.setattr(run, "prepare", lambda *args, **kwargs: plan)
+    monkeypatch.setattr(run, "_work", work)
+    stages = ["start"]
+    with pytest.raises(ConfigError, match="which no job wrote"):
+        run.run_job(plan.spec)
+    stages = ["start", "load", "run"]
+    result = run.run_job(plan.spec)
+    assert (result.status, result.reason) == ("incomplete", "the table has 'x.parquet', which no job wrote")
 
 
 @pytest.fixture

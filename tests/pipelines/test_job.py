@@ -89,6 +89,7 @@ def test_all_that_is_wrong_is_told_at_once():
             "source: {uri: a}\nsource: {uri: b}",
             r"job.yaml: not valid YAML: line 2, column 1: key 'source' is there twice",
         ),
+        ("prompt: {{ text }}", "job.yaml: not valid YAML: line 1, column 10: put quotes around a text that has {{ }}"),
         ("- a", "job.yaml: want a mapping"),
         ("", "job.yaml: want a mapping"),
         ("!!python/object/apply:os.getcwd []", "job.yaml: not valid YAML: .*could not determine a constructor"),
@@ -103,6 +104,18 @@ def test_job_files_that_are_none(tmp_path: Path, text: str, message: str):
         load_job(tmp_path / "no.yaml")
 
 
+def test_keys_may_be_merged(tmp_path):
+    path = tmp_path / "job.yaml"
+    head = "prompt: x\nsource: {uri: a}\nmodel: m\nsampling: &a {seed: 1, top_k: 2}\n"
+    path.write_text(f"{head}sink: {{uri: o}}\n")
+    assert load_job(path).sampling.top_k == 2
+    path.write_text("x: &a {uri: a, limit: 1}\ny: &b {<<: *a, limit: 2}\n<<: *b\n")
+    with pytest.raises(ConfigError) as caught:  # not for a key that is there twice
+        load_job(path)
+    assert "twice" not in str(caught.value)
+    assert "unknown key 'limit'" in str(caught.value)
+
+
 def test_templates_render_text_and_messages():
     template = PromptTemplate(
         messages=[("system", "Be {{ how }}.\n"), ("user", "{% if x %}{{ x }}{% endif %}{{ row['a b'] }}")]
@@ -113,6 +126,9 @@ def test_templates_render_text_and_messages():
     assert template.render(row) == {
         "messages": [{"role": "system", "content": "Be short.\n"}, {"role": "user", "content": "{{ how }}"}]
     }
+    template = PromptTemplate("{% for k, v in row.items() %}{{ k }}{{ row.get(k) }}{% endfor %}")
+    template.check_columns(["a"])
+    assert template.render({"a": 1}) == {"prompt": "a1"}
     assert PromptTemplate("{{ n + 1 }}{% for a in l %}{{ a.b }}{% endfor %}").render({"n": 1, "l": [{"b": 2}]}) == {
         "prompt": "22"
     }
@@ -121,6 +137,7 @@ def test_templates_render_text_and_messages():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("{{ zzz }}", r"uses 'zzz', which is no column of the source. Columns: id, text$"),
         ("{{ txt }}", r"prompt: the template uses 'txt', which is no column of the source; did you mean 'text'\?"),
         ("{{ row['txt'] }}", "uses 'txt'"),
         ("{{ row.txt }}", "uses 'txt'"),

@@ -134,6 +134,14 @@ def test_the_report_fits_and_tells_all(width):
     assert "\x07" not in text
 
 
+def test_names_and_paths_that_look_like_markup():
+    output = io.StringIO()
+    result = result_of(output="/data/[/b]out", key_column="[/i]id")
+    result.samples = [{"[/i]id": 1, "[/b]text": "t" * 50, "generated_text": "g", "error_type": None}]
+    print_report(Console(file=output, width=100), result)
+    assert all(name in output.getvalue() for name in ("/data/[/b]out", "[/i]id", "[/b]text"))
+
+
 def test_an_incomplete_run_says_so():
     output = io.StringIO()
     result = result_of(status="incomplete", reason="a node died", num_rows_in=12)
