@@ -38,7 +38,7 @@ class RayWrites:
 
     def __init__(self, writer: PartWriter):
         options: Any = {"num_cpus": 0, "max_retries": 3, "retry_exceptions": [OSError]}
-        self._writer, self._task = ray.put(writer), ray.remote(**options)(_write)
+        self._writer, self._task = ray.put(writer), ray.remote(**options)(PartWriter.__call__)
         self._hurry, self._asked = False, 0.0
 
     def start(self, only: np.ndarray | None, blocks: list[Any]) -> Any:
@@ -63,10 +63,6 @@ class RayWrites:
         if time.monotonic() - self._asked > LAST_SECONDS / 2:
             self._hurry, self._asked = bool(ending_nodes()), time.monotonic()
         return self._hurry
-
-
-def _write(writer: PartWriter, only: np.ndarray | None, *blocks: Any) -> Written:
-    return writer(only, *blocks)
 
 
 def collect_all(

@@ -71,8 +71,7 @@ def data_files(spec: SourceSpec) -> tuple[list[str], dict[str, bool]]:
 
 
 def _properties(version: int, told: dict[str, str]) -> CommitProperties:
-    ours = [Transaction(OWNER, version)]
-    return CommitProperties(custom_metadata=told, max_commit_retries=0, app_transactions=ours)
+    return CommitProperties(told, max_commit_retries=0, app_transactions=[Transaction(OWNER, version)])
 
 
 TABLE = DeltaSink

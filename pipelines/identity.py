@@ -126,8 +126,7 @@ def claim_job(store: Store, spec: JobSpec, fingerprint: dict[str, Any], census: 
     """Make `job.json` if there is none; returns the one that is there then."""
     logs = {name.removeprefix("log-").rstrip("/") for name in store.sizes(META) if name.startswith("log-")}
     public = spec.model_dump(mode="json", exclude_unset=True)
-    places = [place for part in ("source", "sink") for place in (public[part], public[part].get("catalog") or {})]
-    for place in places:
+    for place in (it for part in ("source", "sink") for it in (public[part], public[part].get("catalog") or {})):
         place |= {"uri": bare_uri(place["uri"])} if place.get("uri") else {}
     job = {
         "id": uuid.uuid4().hex[:8], "created": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -64,8 +64,7 @@ def find_duplicate(batches: Callable[[], Iterator[list[str]]], digest: KeyDigest
         for keys in batches():
             hashes = np.sort(digest.add(keys))
             firsts = np.arange(_NUM_PARTITIONS, dtype=np.uint64) * np.uint64(2**64 // _NUM_PARTITIONS)
-            bounds = np.searchsorted(hashes, firsts)
-            for file, some in zip(files, np.split(hashes, bounds[1:]), strict=True):
+            for file, some in zip(files, np.split(hashes, np.searchsorted(hashes, firsts)[1:]), strict=True):
                 file.write(some.tobytes())
         for file in files:
             file.seek(0)

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import math
+import re
 import uuid
 from collections import Counter
 from typing import Any
@@ -17,8 +18,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
+from fsspec.utils import glob_translate
 
-from rayinfer.errors import ConfigError, bare_uri, nearest
+from rayinfer.errors import ConfigError, bare_uri, choices
 from rayinfer.pipelines.identity import FORMAT, JOB, read_job
 from rayinfer.pipelines.job import JobSpec, SinkSpec, SourceSpec
 from rayinfer.pipelines.keys import KeyDigest, pack_rows
@@ -60,7 +62,8 @@ class PartWriter:
             numbers, first = numbers[kept], first[kept]
         table = take_rows(pa.concat_tables([flatten(table, self.schema) for table in tables]), first.tolist())
         keys = take_rows(pa.concat_tables([table.select([KEY]) for table in tables]), first.tolist())[KEY]
-        table = table.set_column(*_raised(table, "attempts", self.num_replays))
+        attempts = pc.add(table["attempts"], pa.scalar(self.num_replays, pa.int32()))
+        table = table.set_column(table.column_names.index("attempts"), "attempts", attempts)
         failed = pc.is_valid(table["error_type"]).to_numpy()
         parts = []
         for chosen in (np.flatnonzero(~failed), np.flatnonzero(failed)):
@@ -76,13 +79,7 @@ class PartWriter:
         sha256 = hashlib.sha256(data).hexdigest()
         name = f"{self.prefix}{sha256[:24]}.{self.format}"
         self.store.put(name, data)
-        rows = pack_rows(numbers)
-        return Part(name, table.num_rows, len(data), sha256, digest.hex(), rows, **_counts(table))
-
-
-def _raised(table: pa.Table, name: str, amount: int) -> tuple[int, pa.Field, Any]:
-    index = table.schema.get_field_index(name)
-    return index, table.schema.field(index), pc.add(table[name], amount).cast(table.schema.field(index).type)
+        return Part(name, table.num_rows, len(data), sha256, digest.hex(), pack_rows(numbers), **_counts(table))
 
 
 def output_schema(census: Census, spec: JobSpec, format: int = FORMAT) -> pa.Schema:
@@ -95,8 +92,7 @@ def output_schema(census: Census, spec: JobSpec, format: int = FORMAT) -> pa.Sch
     names = list(dict.fromkeys(sink.columns if sink.columns is not None else columns))
     for name in names:
         if name not in columns:
-            known = f"{nearest(name, columns)} Columns: {', '.join(columns)}"
-            raise ConfigError(f"sink.columns: {name!r} is not read from the source{known}")
+            raise ConfigError(f"sink.columns: {name!r} is not read from the source{choices(name, columns)}")
     if id_column is not None and id_column not in names:
         names.insert(0, id_column)  # without its key no row can be accounted for
     added = [pa.field(KEY, pa.string())] if id_column is None else []
@@ -135,8 +131,7 @@ def flatten(batch: pa.Table, schema: pa.Schema) -> pa.Table:
 
 def _counts(table: pa.Table) -> dict[str, Any]:
     errors = Counter(value for value in table["error_type"].to_pylist() if value is not None)
-    tokens = {name: pc.sum(table[name]).as_py() or 0 for name in _TOKENS}
-    return {"errors": dict(errors), **tokens}
+    return {"errors": dict(errors), **{name: pc.sum(table[name]).as_py() or 0 for name in _TOKENS}}
 
 
 def _samples(table: pa.Table) -> list[dict[str, Any]]:
@@ -201,5 +196,7 @@ def check_sink(sink: SinkSpec, *, overwrite: bool) -> Store:
 def check_apart(sink: SinkSpec, spec: SourceSpec, listing: Listing) -> None:
     """Raise ConfigError if the job could read what it writes, or remove what it reads."""
     folder, source = (fsspec.core.url_to_fs(uri)[1].rstrip("/") for uri in (sink.uri, spec.uri))
-    if f"{folder}/".startswith(f"{source}/") or any(file.startswith(f"{folder}/") for file in listing.files):
+    coming = (MARKER, JOB, f"{META}/log-0/0.json", f"{PART_PREFIX}{'0' * 8}-{'0' * 6}-{'0' * 24}.{sink.file_format}")
+    files = [*listing.files, *(f"{folder}/{n}" for n in coming if re.match(glob_translate(source), f"{folder}/{n}"))]
+    if f"{folder}/".startswith(f"{source}/") or any(file.startswith(f"{folder}/") for file in files):
         raise ConfigError(f"sink.uri = {bare_uri(sink.uri)!r}: source and output share a folder; name another one")

@@ -27,7 +27,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray.data
 
-from rayinfer.errors import ConfigError, nearest
+from rayinfer.errors import ConfigError, choices
 from rayinfer.pipelines.job import CatalogSpec, SourceSpec
 from rayinfer.pipelines.keys import KeyDigest, RowSet, find_duplicate, pack_rows, unpack_rows
 from rayinfer.pipelines.textfiles import Chunk, infer_type, merge_types, read_chunks, to_array
@@ -91,8 +91,7 @@ class Census:
             self.digest = KeyDigest()
             for unit in self.units:
                 for row in range(0, unit.num_rows, KEYS_AT_ONCE):
-                    num_rows = min(KEYS_AT_ONCE, unit.num_rows - row)
-                    self.digest.add(_row_keys(unit.name, unit.first_row + row, num_rows))
+                    self.digest.add(_row_keys(unit.name, unit.first_row + row, min(KEYS_AT_ONCE, unit.num_rows - row)))
         return self.digest
 
     def units_left(self, done: RowSet) -> list[Unit]:
@@ -143,9 +142,9 @@ def take_census(spec: SourceSpec, listing: Listing | None = None) -> Census:
     every = _numbered(unit for some in units for unit in some)
     limit = spec.limit or sum(unit.num_rows for unit in every)
     kept = [replace(u, num_rows=min(u.num_rows, limit - u.first_number)) for u in every if u.first_number < limit]
-    census = Census(spec, format, _merge(schemas, chosen, spec), kept, len(chosen), listing.num_skipped_files)
-    if not census.units:
+    if not kept:
         raise ConfigError(f"source.uri = {spec.uri!r}: no rows in {len(chosen)} {format} file(s)")
+    census = Census(spec, format, _merge(schemas, listing, spec), kept, len(chosen), listing.num_skipped_files)
     if spec.id_column is not None:
         census.digest = _digest_ids(census, spec.id_column)
     return census
@@ -183,7 +182,7 @@ def list_source(spec: SourceSpec) -> Listing:
         elif any(c in path for c in "*?["):
             infos = {file: info for file, info in fs.glob(path, detail=True).items() if info["type"] == "file"}
             root = re.split(r"[*?\[]", path)[0].rpartition("/")[0]
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # each store's client has errors of its own
         raise ConfigError(f"source.uri = {uri!r}: {error}") from None
     if not infos:
         raise ConfigError(f"source.uri = {uri!r}: no file there")
@@ -203,20 +202,25 @@ def list_source(spec: SourceSpec) -> Listing:
 
 def _table_files(spec: SourceSpec, fs: Any) -> list[str]:
     """Files of a table whose rows are simply those of its files. Raises ConfigError for any other."""
-    place = f"source.uri = {spec.uri!r}: the {spec.format} table"
+    place, library = f"source.uri = {spec.uri!r}: the {spec.format} table", table_library("source", spec.format)
     try:
-        files, has = importlib.import_module(f"rayinfer.pipelines.{spec.format}").data_files(spec)
-    except ImportError as error:
-        how = f"pip install 'rayinfer[{spec.format}]'"
-        raise ConfigError(f"source.format = {spec.format!r}: {error.name} is not installed: {how}") from None
+        files, has = library.data_files(spec)
     except Exception as error:  # each library has errors of its own
-        text = (spec.catalog or CatalogSpec()).say(error)
-        raise ConfigError(f"{place} cannot be read: {text}") from None
+        raise ConfigError(f"{place} cannot be read: {(spec.catalog or CatalogSpec()).say(error)}") from None
     if not files:
         raise ConfigError(f"{place} has no rows at its version {spec.version or 'of now'}")
     if reasons := [name for name, there in has.items() if there]:
         raise ConfigError(f"{place} has {' and '.join(reasons)}, which are not read yet; write it as Parquet")
     return sorted(fs._strip_protocol(uri) for uri in files)
+
+
+def table_library(place: str, format: str) -> Any:
+    """Our module for a table format. Raises ConfigError if the library that it needs is not installed."""
+    try:
+        return importlib.import_module(f"rayinfer.pipelines.{format}")
+    except ImportError as error:
+        how = f"pip install 'rayinfer[{format}]'"
+        raise ConfigError(f"{place}.format = {format!r}: {error.name} is not installed: {how}") from None
 
 
 def _relative(file: str, root: str) -> str:
@@ -271,15 +275,12 @@ def _scan(file: str, *, fs: Any, root: str, format: str, limit: int | None) -> t
                 first_row += len(errors)
                 for column, values in columns.items():
                     kind = infer_type(values, from_text=format == "csv")
-                    try:
-                        types[column] = merge_types(types.get(column, pa.null()), kind)
-                    except pa.ArrowException:
-                        types[column] = pa.string()
+                    types[column] = merge_types(types.get(column, pa.null()), kind, or_text=True)
                 if limit is not None and first_row >= limit:
                     break
             schema = pa.schema(list(types.items()))
             units = [Unit(file, name, 0, first_row)] if first_row else []
-    except (OSError, ValueError, pa.ArrowException) as error:
+    except Exception as error:  # of the store's client, of a decompressor, of Arrow
         raise ConfigError(f"source file {file!r} cannot be read as {format}: {error}") from None
     for column, value in _hive_values(name).items():
         if column not in schema.names:
@@ -300,30 +301,35 @@ def _refuse_pickles(stream: Any) -> None:
     stream.seek(0)
 
 
-def _hive_values(name: str) -> dict[str, str]:
+def _hive_values(name: str) -> dict[str, str | None]:
     """Columns that the folders of a hive-partitioned table carry (`year=2024/part.parquet`)."""
-    return {key: unquote(value) for key, sep, value in (p.partition("=") for p in name.split("/")[:-1]) if sep}
+    pairs = (part.partition("=") for part in name.split("/")[:-1])
+    return {key: None if value == "__HIVE_DEFAULT_PARTITION__" else unquote(value) for key, sep, value in pairs if sep}
 
 
-def _merge(schemas: Iterable[pa.Schema], files: list[str], spec: SourceSpec) -> pa.Schema:
-    """The columns to read, with types that hold those of all files."""
-    types: dict[str, pa.DataType] = {}
-    for schema, file in zip(schemas, files, strict=True):
+def _merge(schemas: Iterable[pa.Schema], listing: Listing, spec: SourceSpec) -> pa.Schema:
+    """The columns to read, with types that hold those of all files. What was text can be text again, the rest not."""
+    place, types = f"source.uri = {spec.uri!r}", dict[str, pa.DataType]()
+    ids = [spec.id_column] if spec.id_column is not None else []
+    hive = {key for file in listing.files for key in _hive_values(_relative(file, listing.root))}
+    for schema, file in zip(schemas, listing.files, strict=True):
         for column in schema:
+            if schema.get_field_index(column.name) < 0 and column.name in [*(spec.columns or schema.names), *ids]:
+                raise ConfigError(f"{place}: {file!r} has several columns {column.name!r}; leave it out of columns")
             try:
-                kind = _PLAIN.get(column.type, column.type)
-                types[column.name] = merge_types(types.get(column.name, pa.null()), kind)
+                kind, or_text = _PLAIN.get(column.type, column.type), listing.format != "parquet" or column.name in hive
+                types[column.name] = merge_types(types.get(column.name, pa.null()), kind, or_text)
             except pa.ArrowException:
                 both = f"is {column.type} in {file!r} but {types[column.name]} in files before it"
-                raise ConfigError(f"source.uri = {spec.uri!r}: column {column.name!r} {both}; split the job") from None
-    ids = [spec.id_column] if spec.id_column is not None else []
+                raise ConfigError(f"{place}: column {column.name!r} {both}; split the job") from None
+    if not types:
+        raise ConfigError(f"{place}: no row has a column; JSON has to be JSON lines, an object on each line")
     for key, names in (("columns", spec.columns or []), ("id_column", ids)):
         for name in names:
             if name not in types:
-                known = f"{nearest(name, types)} Columns: {', '.join(types)}"
-                raise ConfigError(f"source.{key}: {name!r} is no column of {spec.uri!r}{known}")
-    # A column without one value has no type; a null string is what every sink can hold.
-    kinds = {name: pa.string() if pa.types.is_null(kind) else kind for name, kind in types.items()}
+                raise ConfigError(f"source.{key}: {name!r} is no column of {spec.uri!r}{choices(name, types)}")
+    # A column without one value has no type, and one of empty objects none that Parquet has; any sink holds a string.
+    kinds = {n: pa.string() if pa.types.is_null(k) or "struct<>" in str(k) else k for n, k in types.items()}
     return pa.schema([(name, kinds[name]) for name in dict.fromkeys([*(spec.columns or types), *ids])])
 
 
@@ -375,8 +381,8 @@ class ReadUnits:
         fs, _ = fsspec.core.url_to_fs(self.spec.uri)
         row, end = unit.first_row, unit.first_row + unit.num_rows
         wanted = unpack_rows(unit.wanted) if unit.wanted else None
-        text = self.format != "parquet"
-        chunks = read_chunks(fs, unit.file, self.format, CHUNK_ROWS) if text else self._parquet(fs, unit)
+        parquet = self.format == "parquet"
+        chunks = self._parquet(fs, unit) if parquet else read_chunks(fs, unit.file, self.format, CHUNK_ROWS)
         for columns, errors in chunks:
             num_rows = min(len(errors), end - row)
             first = unit.first_number + row - unit.first_row
@@ -394,15 +400,14 @@ class ReadUnits:
         self, unit: Unit, row: int, number: int, columns: Mapping[str, Any], errors: list[str | None]
     ) -> pa.Table:
         """A chunk that begins with row `row` of the file, whose row_number is `number`."""
-        hive, num_rows = _hive_values(unit.name), len(errors)
-        arrays = []
+        arrays, num_rows = [], len(errors)
+        hive = {key: [value] * num_rows for key, value in _hive_values(unit.name).items() if key not in columns}
         for name, kind in zip(self.schema.names, self.schema.types, strict=True):
-            if name in columns:
-                arrays.append(to_array(columns[name], kind, from_text=self.format == "csv"))
-            elif name in hive:
-                arrays.append(to_array([hive[name]] * num_rows, kind, from_text=True))
-            else:
-                arrays.append(pa.nulls(num_rows, kind))
+            values = columns.get(name, hive.get(name, [None] * num_rows))
+            array, unfit = to_array(values, kind, from_text=self.format == "csv" or name in hive)
+            for i in unfit:
+                errors[i] = f"column {name!r}: its value does not fit the column's type, {kind}"
+            arrays.append(array)
         source = pa.StructArray.from_arrays(arrays, fields=list(self.schema))
         keys = pa.array(_row_keys(unit.name, row, num_rows), pa.string())
         if self.spec.id_column is not None:

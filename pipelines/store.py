@@ -36,8 +36,7 @@ class Store:
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
         """Write a file; False, and nothing changed, if there is one of that name."""
-        memory = "memory" in _protocols(self.fs)
-        with _MEMORY_LOCK if memory else contextlib.nullcontext():
+        with _MEMORY_LOCK if "memory" in _protocols(self.fs) else contextlib.nullcontext():
             try:
                 self.fs.pipe_file(f"{self.folder}/{name}", data, mode="create")
             except FileExistsError:
@@ -61,15 +60,19 @@ class Store:
             return None
 
     def sizes(self, folder: str = "") -> dict[str, int]:
-        """Names and bytes of the files right in a folder; names of folders in it end with "/"."""
+        """Names and bytes of the files right in a folder; names of folders in it end with "/".
+
+        Left out are names that begin with a dot, and the empty objects that stand for folders in a bucket's console.
+        """
         path = f"{self.folder}/{folder}".rstrip("/")
         self.fs.invalidate_cache()
         try:
             infos = self.fs.ls(path, detail=True)
         except FileNotFoundError:
             return {}
+        infos = [info for info in infos if info["type"] == "directory" or not info["name"].endswith("/")]
         names = ((info["name"].rstrip("/").rpartition("/")[2], info) for info in infos)
-        return {name + "/" * (i["type"] == "directory"): i["size"] or 0 for name, i in names if name}
+        return {n + "/" * (i["type"] == "directory"): i["size"] or 0 for n, i in names if n[:1] not in ("", ".")}
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove files, and folders whose names end with "/", in this order; those that are gone are no error."""

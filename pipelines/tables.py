@@ -12,9 +12,8 @@ done or not done, and no part is in the table twice. Two rules make that safe:
 """
 
 import contextlib
-import importlib
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -24,6 +23,7 @@ from rayinfer.pipelines import store as stores
 from rayinfer.pipelines.identity import read_job
 from rayinfer.pipelines.job import CatalogSpec, SinkSpec
 from rayinfer.pipelines.log import CommitLog, OutputTakenError, Part, part_ids
+from rayinfer.pipelines.sources import table_library
 from rayinfer.pipelines.store import Store
 
 FOLLOW_SECONDS = 60.0  # a table is at most so far behind the log of a job at work
@@ -92,7 +92,7 @@ class Table(Protocol):
             raise ConfigError(f"sink: the {self.sink.format} table has {other[0]!r}, which no job wrote; name another")
         return files
 
-    def sync(self, log: CommitLog, *, without: Iterable[str] = (), first: bool = False) -> None:
+    def sync(self, log: CommitLog, *, without: Collection[str] = (), first: bool = False) -> None:
         """Bring the table to the log, but for the parts `without`, which are about to leave it.
 
         Args:
@@ -102,7 +102,7 @@ class Table(Protocol):
             OutputTakenError: another driver has begun. ConfigError: as of `names`.
             OSError: the library failed, a few times.
         """
-        wanted = {name: part for name, part in log.parts.items() if name not in set(without)}
+        wanted = {name: part for name, part in log.parts.items() if name not in without}
         for seconds in stores.RETRY_SECONDS:
             time.sleep(seconds)
             try:
@@ -132,8 +132,7 @@ class Table(Protocol):
         add = [part for name, part in wanted.items() if name not in there]
         remove = [file for name, file in there.items() if name not in wanted]
         if add or remove or first:
-            told = {"rayinfer.job": log.job_id, "rayinfer.entries": str(log.length)}
-            self.change(table, add, remove, told)
+            self.change(table, add, remove, {"rayinfer.job": log.job_id, "rayinfer.entries": str(log.length)})
 
     def keys(self, column: str) -> Iterator[list[str]]:
         """The keys that the table's own reader finds."""
@@ -163,8 +162,4 @@ def open_table(sink: SinkSpec, store: Store) -> Table | None:
     """
     if sink.format not in ("delta", "iceberg"):
         return None
-    try:
-        return importlib.import_module(f"rayinfer.pipelines.{sink.format}").TABLE(sink, store)
-    except ImportError as error:
-        how = f"pip install 'rayinfer[{sink.format}]'"
-        raise ConfigError(f"sink.format = {sink.format!r}: {error.name} is not installed: {how}") from None
+    return table_library("sink", sink.format).TABLE(sink, store)

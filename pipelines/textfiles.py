@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,11 +12,12 @@ import pyarrow.compute as pc
 
 csv.field_size_limit(2**31 - 1)  # Python's default refuses a text over 128 KiB
 
-# Numbers that text and type hold alike; "007", "+1" and integers of 19 digits and more stay strings.
-_NUMBERS = (
-    (r"^-?(0|[1-9][0-9]{0,17})$", pa.int64()),
-    (r"^-?(0|[1-9][0-9]{0,14})(\.[0-9]+)?([eE][-+]?[0-9]{1,2})?$", pa.float64()),
-)
+# Numbers that text and type hold alike; "007", "+1", "-0", "1.10" and integers of 19 digits and more stay strings.
+_NUMBERS = {
+    pa.int64(): r"^(0|-?[1-9][0-9]{0,17})$",
+    pa.float64(): r"^(0|-?[1-9][0-9]{0,14}|-?(0|[1-9][0-9]{0,14})\.(0|[0-9]*[1-9]))([eE][-+]?[0-9]{1,2})?$",
+}
+_SURROGATES = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")  # lone ones, which no UTF-8 has, among them
 _NO_FIT = (pa.ArrowException, OverflowError, TypeError, ValueError)
 
 Chunk = tuple[dict[str, Any], list[str | None]]  # values by column; for each record why it is bad, or None
@@ -49,6 +51,8 @@ def _json_records(stream: Any) -> Iterator[tuple[dict[str, Any], str | None]]:
         place = f"record {number} (from 0)"
         try:
             value = json.loads(line.removeprefix(b"\xef\xbb\xbf"))
+            if _SURROGATES.search(line):
+                json.dumps(value, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as error:
             yield {}, f"{place} is not valid JSON: {getattr(error, 'msg', 'bad text')}"
             continue
@@ -57,9 +61,9 @@ def _json_records(stream: Any) -> Iterator[tuple[dict[str, Any], str | None]]:
 
 
 def _csv_records(stream: Any) -> Iterator[tuple[dict[str, Any], str | None]]:
-    text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+    reader = csv.reader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), strict=True)
     try:
-        records = (record for record in csv.reader(text, strict=True) if record)
+        records = (record for record in reader if record)
         header = next(records, [])
         if len(set(header)) != len(header) or not all(header):
             raise ValueError(f"the header has an empty or a repeated name: {header}")
@@ -69,7 +73,7 @@ def _csv_records(stream: Any) -> Iterator[tuple[dict[str, Any], str | None]]:
             else:
                 yield {}, f"record {number} (from 0) has {len(record)} fields where the header has {len(header)}"
     except csv.Error as error:
-        raise ValueError(str(error)) from None
+        raise ValueError(f"line {reader.line_num}: {error}") from None
 
 
 def infer_type(values: list[Any], from_text: bool) -> pa.DataType:
@@ -82,25 +86,45 @@ def infer_type(values: list[Any], from_text: bool) -> pa.DataType:
     filled = pa.array([value for value in values if value], pa.string())
     if not len(filled):
         return pa.null()
-    fitting = (kind for form, kind in _NUMBERS if pc.all(pc.match_substring_regex(filled, form)).as_py())
-    return next(fitting, pa.string())
+    return next((kind for kind in _NUMBERS if _holds(kind, filled)), pa.string())
 
 
-def merge_types(a: pa.DataType, b: pa.DataType) -> pa.DataType:
-    """The type that holds both. Raises ArrowException if there is none."""
-    schemas = [pa.schema([("x", kind)]) for kind in (a, b)]
-    return pa.unify_schemas(schemas, promote_options="permissive").field("x").type
+def _holds(kind: pa.DataType, texts: pa.Array) -> bool:
+    """Whether these texts can be had back from a type; of types that `infer_type` does not give, Arrow says it."""
+    return pc.all(pc.match_substring_regex(texts, _NUMBERS.get(kind, "")), min_count=0).as_py()
 
 
-def to_array(values: Any, kind: pa.DataType, from_text: bool) -> pa.Array:
-    """Values of a column whose type is the merged `infer_type` of all its values."""
-    if isinstance(values, pa.Array):
-        return values if values.type == kind else values.cast(kind)
-    if from_text:
-        empty = ("",) if kind != pa.string() else ()
-        return pa.array([None if value in empty else value for value in values], pa.string()).cast(kind)
+def merge_types(a: pa.DataType, b: pa.DataType, or_text: bool) -> pa.DataType:
+    """The type that holds both; if there is none, that of texts, or an ArrowException is raised."""
+    if pa.types.is_dictionary(a) != pa.types.is_dictionary(b) and pa.null() not in (a, b):  # else Arrow merges them
+        a, b = (kind.value_type if pa.types.is_dictionary(kind) else kind for kind in (a, b))
     try:
-        return pa.array(values, kind)
+        return pa.unify_schemas([pa.schema({"x": kind}) for kind in (a, b)], promote_options="permissive").field(0).type
+    except pa.ArrowException:
+        if not or_text:
+            raise
+        return pa.string()
+
+
+def to_array(values: Any, kind: pa.DataType, from_text: bool) -> tuple[pa.Array, list[int]]:
+    """Values of a column in the type that was merged from all its values', and the places of those that do not fit.
+
+    Those are null. Such are integers above 2^53 among floats, and the year 2500 among nanoseconds.
+    """
+    text = kind == pa.string()
+    try:
+        if isinstance(values, pa.Array):
+            return values if values.type == kind else values.cast(kind), []
+        if from_text:
+            texts = pa.array([None if value == "" and not text else value for value in values], pa.string())
+            if not _holds(kind, texts):
+                raise ValueError
+            return texts.cast(kind), []
+        if text:
+            values = [v if v is None or isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in values]
+        return pa.array(values, kind), []
     except _NO_FIT:
-        text = kind == pa.string()
-        return pa.array([v if v is None or isinstance(v, str) else json.dumps(v) if text else float(v) for v in values])
+        if len(values) == 1:
+            return pa.nulls(1, kind), [0]
+        each = [to_array(values[i : i + 1], kind, from_text) for i in range(len(values))]
+        return pa.concat_arrays([array for array, _ in each]), [i for i, (_, unfit) in enumerate(each) if unfit]

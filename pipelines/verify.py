@@ -4,7 +4,6 @@ import hashlib
 import io
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -128,6 +127,5 @@ class _PartCheck:
             yield table[self.key_column].cast(pa.string()).to_pylist(), table["error_type"].drop_null().to_pylist()
             return
         path = f"{self._store.folder}/{name}"
-        chunks: Iterator[Any] = read_chunks(self._store.fs, path, name.rpartition(".")[2], CHUNK_ROWS)
-        for columns, _ in chunks:
+        for columns, _ in read_chunks(self._store.fs, path, name.rpartition(".")[2], CHUNK_ROWS):
             yield [str(key) for key in columns[self.key_column]], [value for value in columns["error_type"] if value]

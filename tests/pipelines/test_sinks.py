@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import hashlib
 import json
@@ -24,7 +25,7 @@ from rayinfer.pipelines.keys import KeyDigest, unpack_rows
 from rayinfer.pipelines.log import Part
 from rayinfer.pipelines.sinks import MARKER, RESULTS, PartWriter, check_apart, check_sink, output_schema
 from rayinfer.pipelines.sources import ReadUnits, list_source, take_census
-from rayinfer.pipelines.store import META, open_store
+from rayinfer.pipelines.store import META, Store, open_store
 from rayinfer.processors.columns import OUTPUT
 
 READERS = {
@@ -260,6 +261,33 @@ def test_source_and_output_never_share_a_folder(tmp_path, table):
         with pytest.raises(ConfigError, match="source and output share a folder"):
             check_apart(sink_of(tmp_path / sink), spec, list_source(spec))
         check_apart(sink_of(tmp_path / f"{source}-2"), spec, list_source(spec))
+
+
+def test_a_glob_that_covers_the_output_is_refused_at_the_first_run(tmp_path, table):
+    (tmp_path / "g/in").mkdir(parents=True)
+    pq.write_table(table, tmp_path / "g/in/a.parquet")
+    (tmp_path / "g/in/a.json").write_text('{"a": 1}')
+    for glob, covered in (("**/*.parquet", True), ("*/*.json", True), ("in/*", False), ("*/a.parquet", False)):
+        spec = SourceSpec(uri=f"{tmp_path}/g/{glob}", format="jsonl" if "json" in glob else "parquet")
+        with pytest.raises(ConfigError, match="share a folder") if covered else contextlib.nullcontext():
+            check_apart(sink_of(tmp_path / "g/out"), spec, list_source(spec))
+
+
+def test_what_desktops_and_consoles_leave_behind_is_no_file_of_others(tmp_path):
+    for name in (".ipynb_checkpoints/x.py", ".DS_Store", ".nfs0001"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert set(check_sink(sink_of(tmp_path), overwrite=False).sizes()) == {f"{META}/"}
+
+    class Bucket:
+        def invalidate_cache(self):
+            pass
+
+        def ls(self, path, detail):
+            kinds = {"b/out/": "file", "b/out/part-1": "file", "b/out/sub": "directory", "b/out/sub/": "file"}
+            return [{"name": name, "type": kind, "size": 0} for name, kind in kinds.items()]
+
+    assert set(Store(Bucket(), "b/out").sizes()) == {"part-1", "sub/"}
 
 
 def test_a_folder_without_write_permission(tmp_path):

@@ -161,14 +161,38 @@ def test_parquet_files_with_other_columns_and_wider_types(tmp_path):
 
 def test_csv_types_hold_what_the_text_said(tmp_path):
     path = tmp_path / "a.csv"
-    path.write_text("\ufeffi,f,zip,big,empty,date\n1,1,007,123456789012345678901,,2024-01-01\n\n,2.5,1,1,,x\n", "utf-8")
+    path.write_text(
+        "\ufeffi,f,zip,big,empty,date,price,zero,small\n"
+        "1,1,007,123456789012345678901,,2024-01-01,1.10,-0,-0.5e-05\n\n,2.5,1,1,,x,2,1,1.0\n", "utf-8",
+    )  # fmt: skip
     census = census_of(path)
-    assert [str(kind) for kind in census.schema.types] == ["int64", "double", "string", "string", "string", "string"]
+    kinds = ["int64", "double", "string", "string", "string", "string", "string", "string", "double"]
+    assert [str(kind) for kind in census.schema.types] == kinds
     check_same(
         census,
         [
-            {"i": 1, "f": 1.0, "zip": "007", "big": "123456789012345678901", "empty": "", "date": "2024-01-01"},
-            {"i": None, "f": 2.5, "zip": "1", "big": "1", "empty": "", "date": "x"},
+            {
+                "i": 1,
+                "f": 1.0,
+                "zip": "007",
+                "big": "123456789012345678901",
+                "empty": "",
+                "date": "2024-01-01",
+                "price": "1.10",
+                "zero": "-0",
+                "small": -0.5e-05,
+            },
+            {
+                "i": None,
+                "f": 2.5,
+                "zip": "1",
+                "big": "1",
+                "empty": "",
+                "date": "x",
+                "price": "2",
+                "zero": "1",
+                "small": 1.0,
+            },
         ],
     )
 
@@ -214,6 +238,88 @@ def test_a_bad_record_costs_one_row(tmp_path):
     assert table[SOURCE_ERROR].to_pylist() == [None, "record 1 (from 0) has 1 fields where the header has 2", None]
 
 
+def test_a_half_of_a_surrogate_pair_costs_its_row(tmp_path):
+    path = tmp_path / "a.jsonl"
+    lines = [
+        rb'{"t": "\ud83d\ude00"}',
+        rb'{"t": "cut \ud83d"}',
+        rb'{"\udc00": 1}',
+        b'{"t": "\xed\xa0\x80"}',
+        b'{"t": "b"}',
+    ]
+    path.write_bytes(b"\n".join(lines))
+    table = read_all(census_of(path))
+    assert [row["t"] for row in rows_of(table)] == ["\U0001f600", None, None, None, "b"]
+    bad = [f"record {i} (from 0) is not valid JSON: bad text" for i in (1, 2, 3)]
+    assert table[SOURCE_ERROR].to_pylist() == [None, *bad, None]
+
+
+def test_text_in_one_file_makes_text_in_all(tmp_path):
+    for name, text in (("1.csv", "zip,n\n01234,1\n"), ("2.csv", "zip,n\n90210,2\n")):
+        (tmp_path / "csv").mkdir(exist_ok=True)
+        (tmp_path / "csv" / name).write_text(text)
+    check_same(census_of(tmp_path / "csv"), [{"zip": "01234", "n": 1}, {"zip": "90210", "n": 2}])
+    (tmp_path / "json").mkdir()
+    write_jsonl(tmp_path / "json/1.jsonl", [{"a": 1, "b": {"c": 1}}])
+    write_jsonl(tmp_path / "json/2.jsonl", [{"a": "x", "b": {"c": "\xfc"}}])
+    expected = [{"a": "1", "b": '{"c": 1}'}, {"a": "x", "b": '{"c": "\xfc"}'}]
+    check_same(census_of(tmp_path / "json"), expected)
+
+
+def test_hive_columns_and_dictionaries_of_several_types(tmp_path):
+    for folder, kind in (
+        ("month=01/year=2024", pa.string()),
+        ("month=10/year=__HIVE_DEFAULT_PARTITION__", pa.dictionary(pa.int32(), pa.string())),
+    ):
+        (tmp_path / folder).mkdir(parents=True)
+        pq.write_table(pa.table({"t": pa.array(["a"], kind)}), tmp_path / folder / "a.parquet")
+    check_same(
+        census_of(tmp_path),
+        [{"t": "a", "month": "01", "year": 2024}, {"t": "a", "month": "10", "year": None}],
+    )
+    only = census_of(tmp_path / "month=10")
+    assert only.schema.field("t").type == pa.dictionary(pa.int32(), pa.string())
+
+
+def test_objects_that_are_always_empty_become_text(tmp_path):
+    census = census_of(write_jsonl(tmp_path / "a.jsonl", [{"meta": {}, "n": {"a": {}}, "l": [{}]}, {"meta": None}]))
+    check_same(census, [{"meta": "{}", "n": '{"a": {}}', "l": "[{}]"}, {"meta": None, "n": None, "l": None}])
+    pq.write_table(read_all(census), tmp_path / "out.parquet")
+
+
+def test_a_value_that_the_type_of_its_column_cannot_hold_costs_its_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "CHUNK_ROWS", 2)
+    big = 2**53 + 1
+    (tmp_path / "parquet").mkdir()
+    pq.write_table(pa.table({"a": [0.5], "t": pa.array([0], pa.timestamp("ns"))}), tmp_path / "parquet/1.parquet")
+    when = pa.array([1, 16725225600 * 10**6], pa.timestamp("us"))  # the year 2500
+    pq.write_table(pa.table({"a": [big, 2], "t": when}), tmp_path / "parquet/2.parquet")
+    table = read_all(census_of(tmp_path / "parquet"))
+    assert [row["a"] for row in rows_of(table)] == [0.5, None, 2.0]
+    assert table[SOURCE].combine_chunks().field("t").cast(pa.int64()).to_pylist() == [0, 1000, None]
+    _, *errors = table[SOURCE_ERROR].to_pylist()
+    assert errors == [
+        "column 'a': its value does not fit the column's type, double",
+        "column 't': its value does not fit the column's type, timestamp[ns]",
+    ]
+    for name, wrap in (("flat", lambda value: value), ("nested", lambda value: {"a": value})):
+        path = write_jsonl(tmp_path / f"{name}.jsonl", [{"t": wrap(value)} for value in (1.5, 2.5, 3, big)])
+        table = read_all(census_of(path))
+        assert rows_of(table) == [{"t": wrap(1.5)}, {"t": wrap(2.5)}, {"t": wrap(3.0)}, {"t": None}]
+        assert table[SOURCE_ERROR].null_count == 3
+    (tmp_path / "a.csv").write_text("n\n1.5\n2\n3\n100000000000000001\n")
+    table = read_all(census_of(tmp_path / "a.csv"))
+    assert rows_of(table) == [{"n": 1.5}, {"n": 2.0}, {"n": 3.0}, {"n": None}]
+
+
+def test_columns_of_one_name_are_refused_unless_they_are_not_read(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table([[1], [2], ["x"]], names=["a", "a", "t"]), path)
+    with pytest.raises(ConfigError, match=r"a.parquet' has several columns 'a'"):
+        census_of(path)
+    check_same(census_of(path, columns=["t"]), [{"t": "x"}])
+
+
 def test_a_file_that_changes_under_the_job_is_noticed(tmp_path, rows):
     path = write_jsonl(tmp_path / "a.jsonl", rows[:5])
     census = census_of(path)
@@ -240,9 +346,15 @@ def test_what_is_refused(tmp_path):
     refused(tmp_path, "e.csv", "a,b\n", "no rows in 1 csv file")
     refused(tmp_path, "e.jsonl", "\n", "no rows in 1 jsonl file")
     refused(tmp_path, "h.csv", "a,a\n1,2\n", "an empty or a repeated name")
-    refused(tmp_path, "q.csv", 'a\n"open\n', "q.csv' cannot be read as csv: unexpected end of data")
+    refused(tmp_path, "q.csv", 'a\n"open\n', "q.csv' cannot be read as csv: line 2: unexpected end of data")
     refused(tmp_path, "u.csv", b"a\n\xff\n", "can't decode byte 0xff")
     refused(tmp_path, "t.parquet", b"PAR1 no", "t.parquet' cannot be read as parquet")
+    refused(tmp_path, "z.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 1000)[:-9], "z.jsonl.gz' cannot be read as jsonl")
+    refused(tmp_path, "z.csv.xz", b"\xfd7zXZ\0no", "z.csv.xz' cannot be read as csv")
+    for text in ("{}\n{}\n", '[{"a": 1}]', '[\n{"a": 1},\n{"a": 2},\n]\n'):
+        refused(tmp_path, "o.json", text, "no row has a column; JSON has to be JSON lines")
+    for name in ("z.jsonl.gz", "z.csv.xz", "o.json"):
+        (tmp_path / name).unlink()
     refused(tmp_path, "a.txt", "a", "none of 1 file")
     refused(
         tmp_path,
