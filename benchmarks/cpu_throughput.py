@@ -4,9 +4,9 @@
     python benchmarks/cpu_throughput.py --rows 200 --max-tokens 32 --pairs 3 [--threads 1]
 
 With --pairs, only LLM.chat and Ray Data are run, in turns. The same rows, prompts, greedy sampling, token limit and EOS
-everywhere; fp32; every way in a process of its own, with all cores unless --threads says otherwise. Times are from the
-first row to the last: loading the model is left out. Ray Data's time begins when its engine is there, as that engine
-tells itself; what comes before it (start of the workers, the model) is shown.
+everywhere; fp32; every way in a process of its own, with all cores unless --threads says otherwise: of two cores, Ray's
+own processes want a part of one. Times are from the first row to the last: loading the model is left out. Ray Data's
+time begins when its engine is there, as that engine tells itself; what comes before it (workers, model) is shown.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def run_generate(asked: argparse.Namespace) -> Timing:
     import torch
 
     model, tokenizer = load_reference(MODEL)
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(asked.threads or os.cpu_count() or 1)
     tokenizer.padding_side = "left"
     eos = model.generation_config.eos_token_id
     warm = tokenizer(["Hello"] * asked.batch_size, return_tensors="pt")
@@ -151,7 +151,7 @@ def run_generate_batch(asked: argparse.Namespace) -> Timing:
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
     model, tokenizer = load_reference(MODEL)
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(asked.threads or os.cpu_count() or 1)
     eos = model.generation_config.eos_token_id
     config = GenerationConfig(max_new_tokens=asked.max_tokens, do_sample=False, eos_token_id=eos, pad_token_id=eos)
     # Its default cache takes 60 % of the machine's memory; a tenth holds these rows many times over.
@@ -238,7 +238,7 @@ def main() -> None:
     parser.add_argument("--way", choices=list(WAYS), help="run this alone, in this process")
     parser.add_argument("--batch-size", type=int, default=0)
     parser.add_argument("--pairs", type=int, default=0, help="LLM.chat and Ray Data alone, so many times in turns")
-    parser.add_argument("--threads", type=int, help="of rayinfer's engine; default: all cores")
+    parser.add_argument("--threads", type=int, help="torch threads of every way; default: all cores")
     options = parser.parse_args()
     if options.way:
         print(json.dumps(WAYS[options.way](options)))
@@ -269,7 +269,8 @@ def main() -> None:
     command = f"python benchmarks/cpu_throughput.py {' '.join(sys.argv[1:])}".rstrip()
     text = "\n\n".join([
         "# Rows a second on a CPU", f"`{command}`", describe_machine(),
-        f"{gguf_path(MODEL).name}, fp32, greedy, at most {options.max_tokens} tokens a row.",
+        f"{gguf_path(MODEL).name}, fp32, greedy, at most {options.max_tokens} tokens a row, "
+        f"{options.threads or os.cpu_count()} torch threads.",
         table(["way", "batch size", "rows", "rows/s", "output tokens/s", "start, left out"], lines),
         table(["ratio", "measured", "target"], ratios),
     ])  # fmt: skip
