@@ -18,6 +18,8 @@ import yaml
 from typer.testing import CliRunner
 
 from rayinfer.pipelines import cli as command_line
+from rayinfer.pipelines import run as run_module
+from rayinfer.pipelines.report import JobResult
 from rayinfer.pipelines.sinks import MARKER
 from rayinfer.pipelines.verify import verify
 
@@ -97,6 +99,15 @@ def test_the_folder_of_the_summary_is_made_before_the_run(job_file, tmp_path, mo
     assert (tmp_path / "new").is_dir()
     result = CliRunner().invoke(command_line.app, ["run", str(job_file), "--json", str(job_file / "sum.json")])
     assert result.exit_code == 2, result.output
+
+
+def test_a_job_that_cannot_go_on_is_not_told_to(job_file, monkeypatch):
+    monkeypatch.setattr(command_line, "Stopper", lambda: None)
+    for reason, told in (("a node died", True), ("a part is gone; start afresh with --overwrite", False)):
+        monkeypatch.setattr(run_module, "run_job", lambda *args, r=reason, **kwargs: JobResult(reason=r, num_rows_in=2))
+        result = CliRunner().invoke(command_line.app, ["run", str(job_file)])
+        assert result.exit_code == 1
+        assert ("to go on, type" in result.output) == told
 
 
 def test_replay_and_verify_take_no_job_of_another_output(job_file, tmp_path, monkeypatch):

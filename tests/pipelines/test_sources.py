@@ -369,6 +369,18 @@ def test_what_is_refused(tmp_path):
     assert census_of(tmp_path / "a.txt", format="csv", limit=1) if (tmp_path / "a.txt").write_text("a\n1\n") else None
 
 
+def test_a_store_that_raises_what_it_likes(monkeypatch):
+    class NoCredentialsError(Exception):
+        pass
+
+    def open_store(uri):
+        raise NoCredentialsError("Unable to locate credentials")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", open_store)
+    with pytest.raises(ConfigError, match=r"source.uri = 's3://b/in': Unable to locate credentials"):
+        census_of("s3://b/in")
+
+
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
