@@ -4,7 +4,6 @@ import torch
 import triton
 import triton.language as tl
 
-_KINDS = ("silu", "gelu_tanh", "gelu")
 _BLOCK = 1024
 
 
@@ -39,7 +38,6 @@ def act_mul(x_T2I: torch.Tensor, kind: str) -> torch.Tensor:
     Returns:
         [T, I] of x's dtype.
     """
-    assert kind in _KINDS
     assert x_T2I.stride(1) == 1
     assert x_T2I.shape[1] % 2 == 0
     num_tokens, num_channels = x_T2I.shape[0], x_T2I.shape[1] // 2

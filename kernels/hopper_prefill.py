@@ -8,6 +8,8 @@ within each the product of the next scores beside the softmax of the last ones. 
 Legend: M (query, head) pairs of a tile, N tokens of a KV tile, D head size; the others as in `paged_prefill`.
 """
 
+import functools
+
 import torch
 import triton
 from triton.experimental import gluon
@@ -221,11 +223,13 @@ def _hopper_prefill_kernel(
     )
 
 
+_capability = functools.cache(torch.cuda.get_device_capability)  # asked for in every layer of every step
+
+
 def takes(q_THD: torch.Tensor, sliding_window: int | None, softcap: float | None) -> bool:
     """Whether `hopper_prefill` computes this on this device."""
-    if torch.version.hip or q_THD.device.type == "cpu":
-        return False
-    if q_THD.device.type == "cuda" and torch.cuda.get_device_capability(q_THD.device)[0] != 9:
+    device = q_THD.device
+    if torch.version.hip or device.type == "cpu" or (device.type == "cuda" and _capability(device)[0] != 9):
         return False
     return q_THD.shape[2] in (64, 128) and q_THD.element_size() == 2 and not sliding_window and not softcap
 

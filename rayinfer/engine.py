@@ -139,7 +139,7 @@ class Engine:
             prompt_logprobs=[None],  # nothing comes before the first token
         )
         self._requests[request_id] = request
-        if params.greedy:
+        if params.temperature == 0:
             request.twin_key = tuple(row.prompt_token_ids), params
             leader = self._leaders.setdefault(request.twin_key, request)
             if leader is not request:

@@ -19,7 +19,6 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
-from rayinfer.config import EngineConfig
 from rayinfer.errors import RowError
 from rayinfer.request import EncodedRow, EngineStats, RequestOutput, failed_output
 from rayinfer.sampling import SamplingParams
@@ -53,7 +52,7 @@ def _serve(inbox: _Inbox, outbox: Connection) -> None:
 
     gc.enable()
     try:
-        engine = Engine(inbox.config())
+        engine = Engine(inbox.pipe.recv())
     except ValueError as error:  # ConfigError: the user's to change
         outbox.send(("refused", error))
         return
@@ -92,18 +91,14 @@ class _Inbox:
     """Rows from the parent, read by a thread so that a full pipe never holds the parent up."""
 
     def __init__(self, pipe: Connection):
-        self._pipe = pipe
+        self.pipe = pipe  # the config comes first
         self._rows: deque[tuple[str, EncodedRow]] = deque()
         self._wake = threading.Condition()
-
-    def config(self) -> EngineConfig:
-        """The first message."""
-        return self._pipe.recv()
 
     def fill(self) -> None:
         try:
             while True:
-                rows = self._pipe.recv()
+                rows = self.pipe.recv()
                 with self._wake:
                     self._rows.extend(rows)
                     self._wake.notify()

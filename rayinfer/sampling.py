@@ -79,10 +79,6 @@ class SamplingParams(BaseModel):
             raise ValueError("stop strings need detokenize=True")
         return self
 
-    @property
-    def greedy(self) -> bool:
-        return self.temperature == 0.0
-
     @classmethod
     def from_row(cls, value: Any) -> SamplingParams:
         """Validate what a row carries: None (defaults), a mapping, or a SamplingParams."""

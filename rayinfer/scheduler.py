@@ -109,10 +109,6 @@ class Scheduler:
     def num_slots(self) -> int:
         return len(self.running) + len(self._free_slots)
 
-    @property
-    def has_work(self) -> bool:
-        return bool(self.running or self.waiting)
-
     def add(self, request: Request) -> None:
         self.waiting.append(request)
         self._steps_paced = PACE_STEPS

@@ -41,11 +41,11 @@ class FixedOrder:
 class Linear(nn.Module):
     """Weights [O, I] and an optional bias [O]; the method computes. Inference only."""
 
-    def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None, method: LinearMethod | None = None):
+    def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None):
         super().__init__()
         self.weight = nn.Parameter(weight_OI, requires_grad=False)
         self.bias = None if bias_O is None else nn.Parameter(bias_O, requires_grad=False)
-        self.method = method or Unquantized()
+        self.method: LinearMethod = Unquantized()
 
     @classmethod
     def merge(cls, parts: Sequence[nn.Linear]) -> Linear:

@@ -113,10 +113,8 @@ def _inspect(config: EngineConfig) -> tuple[Source, PreTrainedConfig, ModelInfo]
     generation = _generation_config(source, hf_config)
     eos = {id for part in (generation, text) for id in _as_ids(getattr(part, "eos_token_id", None))}
     info = ModelInfo(
-        architecture=architecture, model_type=hf_config.model_type, vocab_size=text.vocab_size,
-        max_position_embeddings=getattr(text, "max_position_embeddings", None), eos_token_ids=tuple(sorted(eos)),
-        bos_token_id=next(iter(_as_ids(getattr(text, "bos_token_id", None))), None),
-        pad_token_id=getattr(text, "pad_token_id", None), dtype=_dtype(config, text),
+        architecture=architecture, vocab_size=text.vocab_size, eos_token_ids=tuple(sorted(eos)),
+        max_position_embeddings=getattr(text, "max_position_embeddings", None), dtype=_dtype(config, text),
         num_layers=text.num_hidden_layers, hidden_size=text.hidden_size,
     )  # fmt: skip
     _check_length(config, text, info)

@@ -24,12 +24,9 @@ class ModelInfo:
     """
 
     architecture: str
-    model_type: str
     vocab_size: int
     max_position_embeddings: int | None
     eos_token_ids: tuple[int, ...]
-    bos_token_id: int | None
-    pad_token_id: int | None
     dtype: torch.dtype
     num_layers: int
     hidden_size: int
@@ -105,13 +102,10 @@ class Model:
         self._state.meta = meta
         if self.fused and meta.outputs is not None:
             logits_index_L = None  # the last layer has left the others out
-        kwargs: dict[str, Any] = {}
+        kwargs: dict[str, Any] = {"position_ids": meta.positions_T[None], "use_cache": False}
         if logits_index_L is not None and self._slices_logits:
             kwargs["logits_to_keep"] = logits_index_L
-        positions = meta.positions_T[None]
-        logits_LV = self.module(input_ids=input_ids_T[None], position_ids=positions, use_cache=False, **kwargs).logits[
-            0
-        ]
+        logits_LV = self.module(input_ids=input_ids_T[None], **kwargs).logits[0]
         if logits_index_L is not None and not self._slices_logits:
             logits_LV = logits_LV[logits_index_L]
         return logits_LV

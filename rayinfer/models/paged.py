@@ -29,9 +29,9 @@ class PagedState:
 
     specs: list[LayerSpec]
     caches: list[LayerCache] = field(default_factory=list)
-    prefill: AttentionBackend | None = None
-    decode: AttentionBackend | None = None
-    meta: StepMeta | None = None
+    prefill: AttentionBackend = field(init=False)  # by Model.bind()
+    decode: AttentionBackend = field(init=False)
+    meta: StepMeta = field(init=False)  # by Model.forward()
 
 
 class PagedLayer:
@@ -43,7 +43,6 @@ class PagedLayer:
 
     @property
     def meta(self) -> StepMeta:
-        assert self.state.meta is not None, "forward() sets the step"
         return self.state.meta
 
     @property
@@ -53,8 +52,6 @@ class PagedLayer:
     def attend(self, q_THD: torch.Tensor, meta: StepMeta) -> torch.Tensor:
         """Attend to the cache, which holds this step's keys and values already. Returns [T, H, D], contiguous."""
         state = self.state
-        assert state.prefill is not None, "bind() comes first"
-        assert state.decode is not None, "bind() comes first"
         out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
         if meta.num_decodes:
             state.decode.decode(q_THD, self.cache, self.spec, meta, out_THD)
@@ -64,7 +61,6 @@ class PagedLayer:
 
     def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: Any) -> torch.Tensor:
         """transformers' layout: query [1, H, T, D], key and value [1, K, T, D]; returns [1, T, H, D]."""
-        assert self.state.prefill is not None, "bind() comes first"
         q_THD, k_TKD, v_TKD = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
         self.state.prefill.write(k_TKD, v_TKD, self.cache, self.meta)
         return self.attend(q_THD, self.meta)[None]

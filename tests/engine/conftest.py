@@ -53,7 +53,8 @@ def check_idle(llm: LLM) -> None:
     """Nothing runs and every block is free."""
     engine = llm.engine
     assert not engine.has_work
-    assert not engine.scheduler.has_work
+    assert not engine.scheduler.running
+    assert not engine.scheduler.waiting
     check_blocks(engine.pool, [])
     assert engine.pool.num_free == engine.pool.num_blocks - 1
     assert engine.pool.usage == 0

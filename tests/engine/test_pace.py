@@ -18,7 +18,7 @@ def steps_of(lens, all_known, num_prompt=512, num_slots=1024):
         params = SamplingParams(temperature=0, max_tokens=int(num), ignore_eos=True)
         scheduler.add(Request(str(index), prompt, params, max_total_tokens=num_prompt + int(num)))
     tokens, decodes, yielded = [], [], 0
-    while scheduler.has_work:
+    while scheduler.running or scheduler.waiting:
         step = scheduler.schedule()
         tokens.append(len(step.plan.token_ids))
         decodes.append(step.plan.num_decodes)
@@ -66,7 +66,7 @@ def test_rows_that_end_early_hold_up_none():
         params = SamplingParams(temperature=0, max_tokens=num)
         scheduler.add(Request(str(index), [1] * 2000, params, max_total_tokens=2000 + num))
     steps = 0
-    while scheduler.has_work:
+    while scheduler.running or scheduler.waiting:
         step = scheduler.schedule()
         steps += 1
         for index in step.plan.samples.tolist():

@@ -299,10 +299,10 @@ def test_info(make_family, tmp_path):
     folder = Path(shutil.copytree(make_family("qwen3").folder, tmp_path / "m"))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
     info = inspect_model(EngineConfig(model=str(folder), device="cpu"))
-    assert (info.architecture, info.model_type) == ("Qwen3ForCausalLM", "qwen3")
+    assert info.architecture == "Qwen3ForCausalLM"
     assert (info.vocab_size, info.max_position_embeddings, info.num_layers, info.hidden_size) == (97, 128, 2, 48)
     assert info.eos_token_ids == (1, 7, 9)
-    assert (info.bos_token_id, info.pad_token_id, info.dtype) == (2, 0, torch.float32)
+    assert info.dtype == torch.float32
     (folder / "generation_config.json").unlink()
     assert inspect_model(EngineConfig(model=str(folder), device="cpu")).eos_token_ids == (1,)
 
