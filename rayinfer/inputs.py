@@ -145,10 +145,6 @@ class InputProcessor:
             ids = np.zeros((0, 0))
         if ids.ndim != 1 or not ids.size or ids.dtype.kind not in "iu":
             raise _bad("prompt_token_ids: want a list of integers that is not empty")
-        wrong = ids[(ids < 0) | (ids >= self.info.vocab_size)]
-        if wrong.size:
-            text = f"prompt_token_ids: {wrong[0]} is out of the vocabulary, 0 to {self.info.vocab_size - 1}"
-            raise RowError(ErrorType.INVALID_TOKEN_IDS, text)
         return ids.tolist()
 
     def _render(self, value: Any) -> str:
@@ -196,13 +192,17 @@ class InputProcessor:
     def _checked(self, ids: list[int], params: SamplingParams, text: str | None) -> EncodedRow:
         if not ids:
             raise _bad("the prompt has no tokens")
+        source = "prompt_token_ids" if text is None else "the text: the tokenizer has tokens that the model lacks"
+        self._check_ids((min(ids), max(ids)), ErrorType.INVALID_TOKEN_IDS, source)
         check_length(len(ids), self.max_model_len)
-        for token in params.stop_token_ids:
-            if not 0 <= token < self.info.vocab_size:
-                vocabulary = f"the vocabulary, 0 to {self.info.vocab_size - 1}"
-                text = f"sampling_params: stop_token_ids: {token} is out of {vocabulary}"
-                raise RowError(ErrorType.INVALID_SAMPLING_PARAMS, text)
+        self._check_ids(params.stop_token_ids, ErrorType.INVALID_SAMPLING_PARAMS, "sampling_params: stop_token_ids")
         return EncodedRow(ids, params, text)
+
+    def _check_ids(self, ids: Iterable[int], kind: ErrorType, source: str) -> None:
+        for token in ids:
+            if not 0 <= token < self.info.vocab_size:
+                text = f"{source}: {token} is out of the vocabulary, 0 to {self.info.vocab_size - 1}"
+                raise RowError(kind, text)
 
 
 def _bad(message: str) -> RowError:

@@ -24,6 +24,8 @@ BAD = [
     ({"prompt": [5, 6]}, "INVALID_PROMPT", "want a string, got list"),
     ({"prompt": "\ud800"}, "INVALID_PROMPT", "tokenizer refused"),
     ({"prompt": "ZZ"}, "INVALID_PROMPT", "has no tokens"),  # bytes that the tokenizer lacks
+    ({"prompt": "the <extra>"}, "INVALID_TOKEN_IDS", "tokens that the model lacks: 97 is out of the vocabulary, 0 to"),
+    ({"messages": [{"role": "user", "content": "<extra>"}]}, "INVALID_TOKEN_IDS", "97 is out of the vocabulary"),
     ({"prompt_token_ids": []}, "INVALID_PROMPT", "not empty"),
     ({"prompt_token_ids": [5.5]}, "INVALID_PROMPT", "integers"),
     ({"prompt_token_ids": [[5], [6, 7]]}, "INVALID_PROMPT", "integers"),
@@ -55,8 +57,10 @@ def folder(tmp_path_factory, folder_of, tokenizer) -> str:
     path = tmp_path_factory.mktemp("bad_rows")
     used = sorted({c for text in ("the end of it", "é 🙂", "hello boom x") for c in tokenizer.tokenize(text)})
     pieces = sorted({piece for token in used for piece in token})
-    raw = Tokenizer(models.BPE(vocab={piece: 3 + id for id, piece in enumerate(pieces)}, merges=[]))
+    vocab = {piece: 3 + id for id, piece in enumerate(pieces)} | {"<extra>": VOCAB}  # one more than the model has
+    raw = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    raw.add_tokens(["<extra>"])
     fast = PreTrainedTokenizerFast(tokenizer_object=raw, chat_template=TEMPLATE)
     for name in ("config.json", "model.safetensors", "generation_config.json"):
         (path / name).write_bytes((path.__class__(folder_of("llama")) / name).read_bytes())
