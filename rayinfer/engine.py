@@ -51,7 +51,7 @@ class Engine:
         if self.device.type == "cpu":
             torch.set_num_threads(config.num_threads or _num_cores())
             _keep_freed_memory()
-        self.inputs = InputProcessor(config)
+        self.inputs = InputProcessor(config, info=self.info)
         self.tokenizer = self.inputs.tokenizer
         kind = self.device.type
         self.max_num_seqs = config.max_num_seqs or DEFAULT_MAX_NUM_SEQS[kind]

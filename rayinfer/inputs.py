@@ -15,6 +15,7 @@ from rayinfer.chat import START, ChatTemplate, encode_marked, unmarked
 from rayinfer.config import EngineConfig
 from rayinfer.errors import ConfigError, ErrorType, RowError, describe
 from rayinfer.models.load import inspect_model
+from rayinfer.models.model import ModelInfo
 from rayinfer.request import EncodedRow
 from rayinfer.sampling import SamplingParams
 
@@ -49,6 +50,7 @@ class InputProcessor:
     Args:
         config: the engine's; its max_model_len (or the model's own) bounds prompts.
         chat_template: instead of the tokenizer's own. chat_template_kwargs: passed to it.
+        info: what `inspect_model` says, if it was asked before.
 
     Raises:
         ConfigError: the model folder or tokenizer cannot be used.
@@ -56,9 +58,9 @@ class InputProcessor:
 
     def __init__(
         self, config: EngineConfig, chat_template: str | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None, info: ModelInfo | None = None,
     ):  # fmt: skip
-        self.info = inspect_model(config)
+        self.info = info or inspect_model(config)
         self.tokenizer = load_tokenizer(config)
         max_model_len = config.max_model_len or self.info.max_position_embeddings
         assert max_model_len is not None, "inspect_model refuses a model without a limit"

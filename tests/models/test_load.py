@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rayinfer.config import EngineConfig
+from rayinfer.engine import Engine
 from rayinfer.errors import ConfigError, UnsupportedModelError
+from rayinfer.models import load
 from rayinfer.models.load import inspect_model, load_model
 from rayinfer.models.paged import ATTENTION, discover
 
@@ -305,6 +307,15 @@ def test_info(make_family, tmp_path):
     assert info.dtype == torch.float32
     (folder / "generation_config.json").unlink()
     assert inspect_model(EngineConfig(model=str(folder), device="cpu")).eos_token_ids == (1,)
+
+
+def test_looked_at_once(make_family, monkeypatch):
+    """An engine's start: the module tree is built without memory once, then with the weights."""
+    built, build = [], load._from_config
+    monkeypatch.setattr(load, "_from_config", lambda *args: built.append(args) or build(*args))
+    config = EngineConfig(model=make_family("llama").folder, device="cpu", skip_tokenizer_init=True)
+    Engine(config.model_copy(update={"cpu_kv_cache_gib": 0.01, "num_threads": 1}))
+    assert len(built) == 1
 
 
 def test_sharded_model_loads(sharded, make_family, run_rows):
