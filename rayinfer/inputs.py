@@ -157,7 +157,7 @@ class InputProcessor:
         for number, message in enumerate(messages):
             if not isinstance(message, dict) or not isinstance(message.get("role"), str):
                 raise _bad(f"messages[{number}]: want a mapping with a string `role`")
-            content = message.get("content")
+            content = message.get("content", [] if message.get("tool_calls") else None)
             if isinstance(content, list):
                 content = message["content"] = self._joined(content, number)
             if not isinstance(content, str):

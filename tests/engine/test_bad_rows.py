@@ -124,6 +124,14 @@ def test_generate_and_chat(llm):
         llm.generate(["a"], GREEDY, use_tqdm=False, on_error="skip")
 
 
+def test_calls_need_no_content(llm):
+    """An assistant's message as the OpenAI API returns it: calls, and content None, which is as good as empty."""
+    call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+    messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    output = llm.chat(messages, GREEDY, use_tqdm=False)[0]
+    assert (output.error_type, output.prompt) == (None, "hello")
+
+
 def test_no_tokenizer(make_llm):
     llm = make_llm("llama")
     rows = [{"prompt": "a"}, {"prompt_token_ids": [5], "sampling_params": {"stop": "x"}}, {"prompt_token_ids": [5]}]
