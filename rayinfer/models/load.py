@@ -46,8 +46,10 @@ def load_model(config: EngineConfig) -> Model:
     """
     source, hf_config, info = _inspect(config)
     device = resolve_device(config)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device = {config.device!r}: torch sees no GPU here")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device = {config.device!r}: torch sees {torch.cuda.device_count()} GPUs here")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # graphs and Triton's kernels go to the current one
     if config.load_format == "dummy":
         module = _dummy(config, hf_config, info.dtype, device)
     else:

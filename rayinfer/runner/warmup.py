@@ -40,7 +40,8 @@ def warm_up(runner: Runner) -> None:
     seeds = torch.zeros(2, dtype=torch.int64, device=runner.device)
     calls += [partial(runner.sampler.sample, logits, zeros[0], zeros[1].int(), *zeros[2:], seeds, seeds)]
     calls += [partial(runner.sampler.greedy, logits)]
-    with ThreadPoolExecutor(len(calls)) as pool:
+    # Each thread has a current GPU of its own.
+    with ThreadPoolExecutor(len(calls), initializer=torch.cuda.set_device, initargs=(runner.device,)) as pool:
         for future in [pool.submit(call) for call in calls]:
             future.result()
 

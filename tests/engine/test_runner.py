@@ -7,8 +7,10 @@ import pickle
 
 import numpy as np
 import pytest
+import torch
 
 from rayinfer import SamplingParams
+from rayinfer.runner.warmup import warm_up
 from rayinfer.scheduler import StepPlan
 from tests.engine.tiny import as_rows, ids_of, random_prompts
 
@@ -67,6 +69,14 @@ def test_steps_without_samples(make_llm, reference_of):
     output = llm.generate(as_rows([prompt]), SamplingParams(temperature=0, max_tokens=2), use_tqdm=False)
     assert shapes == [(8, (0, 1))] * 4 + [(6, (1, 1)), (1, (1, 1))]
     assert ids_of(output)[0] == reference_of("llama").generate(prompt, 2)
+
+
+def test_threads_that_compile_use_the_runners_gpu(make_llm, monkeypatch):
+    """The current GPU is one of a thread, the first unless it is told otherwise."""
+    runner, seen = make_llm("llama").engine.runner, []
+    monkeypatch.setattr(torch.cuda, "set_device", seen.append)
+    warm_up(runner)
+    assert set(seen) == {runner.device}
 
 
 def test_memory_follows_the_setting(make_llm):

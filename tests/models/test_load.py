@@ -297,6 +297,20 @@ def test_dtype_follows_the_device(make_family):
         assert inspect_model(EngineConfig(model=folder, device=device, dtype=dtype)).dtype == expected
 
 
+def test_the_gpu_becomes_the_current_one(make_family, monkeypatch):
+    """Graphs and kernels are launched on the current GPU, wherever their tensors are."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+    def set_device(device):
+        raise RuntimeError(device)
+
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    with pytest.raises(RuntimeError, match="cuda:1"):
+        load_model(EngineConfig(model=make_family("llama").folder, device="cuda:1"))
+    with pytest.raises(ConfigError, match="device = 'cuda:2': torch sees 2 GPUs here"):
+        load_model(EngineConfig(model=make_family("llama").folder, device="cuda:2"))
+
+
 def test_info(make_family, tmp_path):
     folder = Path(shutil.copytree(make_family("qwen3").folder, tmp_path / "m"))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
