@@ -141,6 +141,8 @@ class EngineProcess:
     def _serve(self, child: _Child, ready: Future[None]) -> None:
         """Feed a process and take its results until it ends."""
         with self._lock:
+            if self._closed:  # it was while the process started: nobody else ends it
+                return
             self._child = child
             self._feed()
         if not ready.done():
@@ -205,12 +207,16 @@ class EngineProcess:
             guilty = self._suspects.crashed(again, sent)
             if guilty is None:
                 return
-            row = self._rows.pop(guilty)
-            del self._unsent[guilty]
-        message = f"the engine died {row.num_crashes} times while it ran this row, at last alone: {child.reason}"
-        output = failed_output(row.row, RowError(ErrorType.ENGINE_CRASH, message))
-        output.num_restarts = row.num_crashes - 1
-        row.on_finished(row.index, output)
+            row, times = self._rows[guilty].row, self._rows[guilty].num_crashes
+            # Greedy rows that are equal do the same: each would have to be found anew.
+            ids = [key for key, other in self._rows.items() if row.params.temperature == 0 and other.row == row]
+            failed = [self._rows.pop(request_id) for request_id in ids or [guilty]]
+            self._unsent = dict.fromkeys(self._rows)
+        message = f"the engine died {times} times while it ran this row, at last alone: {child.reason}"
+        for one in failed:
+            output = failed_output(one.row, RowError(ErrorType.ENGINE_CRASH, message))
+            output.num_restarts = max(0, one.num_crashes - 1)
+            one.on_finished(one.index, output)
 
     def _abort_all(self) -> None:
         with self._lock:

@@ -7,6 +7,7 @@ Faults strike the process from outside (signals) or from a `sitecustomize.py` th
 from __future__ import annotations
 
 import os
+import queue
 import sys
 import threading
 import time
@@ -20,7 +21,7 @@ from rayinfer import SamplingParams, engine_process
 from rayinfer.config import EngineConfig
 from rayinfer.engine_process import EngineProcess
 from rayinfer.errors import ConfigError
-from rayinfer.request import EncodedRow
+from rayinfer.request import EncodedRow, EngineStats, RequestOutput
 from tests.engine.tiny import TINY, as_rows, ids_of, random_prompts
 
 PARAMS = SamplingParams(temperature=1.0, seed=5, max_tokens=10, ignore_eos=True)
@@ -68,6 +69,32 @@ class Waiter:
         assert self.done.wait(300)
         assert set(self.calls.values()) == {1}
         return [self.outputs[index] for index in range(len(self.rows))]
+
+
+class Child:
+    """In place of a process, for what does not depend on one: dies of POISON, and answers all else at once."""
+
+    stacks = reason = ""
+    made = 0
+
+    def __init__(self, config):
+        type(self).made += 1
+        self.inbox = queue.SimpleQueue()
+
+    def wait_until_ready(self, stop):
+        return True
+
+    def send(self, rows):
+        self.inbox.put(rows)
+
+    def receive(self, busy):
+        rows = self.inbox.get()
+        if rows is None or any(POISON in row.prompt_token_ids for _, row in rows):
+            return None
+        return "stepped", ([RequestOutput(request_id, None, [], []) for request_id, _ in rows], EngineStats())
+
+    def end(self):
+        self.inbox.put(None)
 
 
 @pytest.fixture
@@ -155,6 +182,46 @@ def test_many_threads_and_a_death(make_engine, want, monkeypatch):
         assert "closed" in output.error_message
     with pytest.raises(RuntimeError, match="closed"):
         engine.submit(waiter.rows, waiter)
+    engine.close()
+
+
+def test_closed_while_a_process_starts(monkeypatch):
+    """It is the second one: the caller has had the engine for long."""
+    closing = []
+
+    class Slow(Child):
+        def wait_until_ready(self, stop):
+            if self.made > 1:
+                closing.append(threading.Thread(target=engine.close, daemon=True))
+                closing[0].start()
+                while not stop():
+                    time.sleep(0.001)
+            return True
+
+    monkeypatch.setattr(engine_process, "_Child", Slow)
+    engine = EngineProcess(EngineConfig.parse(model="m"))
+    waiter = Waiter(_rows([[POISON]]))
+    engine.submit(waiter.rows, waiter)
+    assert waiter.done.wait(20)
+    assert waiter.outputs[0].error_type == "ABORTED"
+    closing[0].join(20)
+    assert not closing[0].is_alive()
+
+
+def test_copies_of_a_poison_row_fail_together(monkeypatch):
+    """Greedy ones, which do the same: each would cost deaths of its own."""
+
+    class Mortal(Child):
+        pass
+
+    monkeypatch.setattr(engine_process, "_Child", Mortal)
+    engine = EngineProcess(EngineConfig.parse(model="m"))
+    greedy = SamplingParams(temperature=0)
+    waiter = Waiter(_rows([[4, POISON] if index % 4 else [5, index] for index in range(16)], greedy))
+    engine.submit(waiter.rows, waiter)
+    errors = [output.error_type for output in waiter.wait()]
+    assert errors == ["ENGINE_CRASH" if index % 4 else None for index in range(16)]
+    assert Mortal.made - 1 <= 2 + log2(16)
     engine.close()
 
 
