@@ -16,7 +16,7 @@ from rayinfer import groups
 from rayinfer.kv_cache import BlockPool
 from rayinfer.request import Request
 
-PROMPT_LOGPROB_CHUNK = 512  # rows that ask for prompt log-probabilities need logits for every token of a chunk
+PROMPT_LOGPROB_CHUNK = 512  # tokens of a step that need logits because prompt log-probabilities are asked for
 MIN_BATCHED_TOKENS = 16  # a step that does not fit into memory is made smaller down to this
 REGROUP_STEPS = 16  # new rows wait that many steps at most until they join a prefix group
 PACE_STEPS = 16  # steps until the pace is worked out again
@@ -140,6 +140,7 @@ class Scheduler:
         """The next step, or None when no row can go on before an earlier step has been read."""
         self._new_blocks, self.admitted = [], []
         budget, num_preemptions = self.max_num_batched_tokens, self.num_preemptions
+        self._targets_left = PROMPT_LOGPROB_CHUNK
         decodes: list[Request] = []
         chunks: list[tuple[Request, int]] = []
         for request in list(self.running):
@@ -154,7 +155,7 @@ class Scheduler:
                 budget -= 1
                 decodes.append(request)
                 continue
-            num_new = min(num_new, self._chunk_limit(request))
+            num_new = self._limited(request, num_new)
             if num_new <= 0 or not self._make_room(request, num_new):
                 continue
             budget -= num_new
@@ -167,9 +168,13 @@ class Scheduler:
             return None
         return Step(self._plan(rows, [1] * len(decodes) + [n for _, n in chunks], len(decodes)), rows)
 
-    def _chunk_limit(self, request: Request) -> int:
-        wants_prompt = request.params.prompt_logprobs is not None
-        return PROMPT_LOGPROB_CHUNK if wants_prompt else self.max_num_batched_tokens
+    def _limited(self, request: Request, num_new: int) -> int:
+        """Of `num_new` tokens, those for whose logits this step has room; the room is taken."""
+        if request.params.prompt_logprobs is None or request.num_scheduled >= request.num_prompt_tokens - 1:
+            return num_new
+        num_new = min(num_new, self._targets_left)
+        self._targets_left -= num_new
+        return num_new
 
     def _make_room(self, request: Request, num_new: int) -> bool:
         """Give the row blocks for `num_new` more tokens, preempting the youngest rows if none are free.
@@ -225,7 +230,9 @@ class Scheduler:
             reuse = request.params.prompt_logprobs is None or bool(request.output_token_ids)
             known = self.pool.match(request, request.num_tokens - 1) if reuse else []
             num_known = len(known) * self.pool.block_size
-            num_new = min(request.num_tokens - num_known, budget, self._chunk_limit(request))
+            num_new = self._limited(request, min(request.num_tokens - num_known, budget))
+            if num_new <= 0:
+                break
             need = -(-(num_known + num_new) // self.pool.block_size) - len(known)
             reserve = self._reserve if self.running else 0
             if need + self.pool.num_free_among(known) + reserve > self.pool.num_free:

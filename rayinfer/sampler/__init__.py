@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-_ROWS = 128  # whose keys, of eight bytes a logit, are made at once
+_ROWS = 128  # whose logits, several times in four and eight bytes each, are looked at at once
 
 
 def get_sampler(device: torch.device) -> ModuleType:
@@ -32,11 +32,17 @@ def logprobs(logits_RV: torch.Tensor, token_R: torch.Tensor, num_top: int) -> tu
         float32 [R, 2 + num_top]: the token's log-probability, its rank (1 is the likeliest), then the top ones;
         int64 [R, num_top]: their ids.
     """
+    parts = zip(logits_RV.split(_ROWS), token_R.split(_ROWS), strict=True)
+    values, ids = zip(*(_logprobs(*part, num_top) for part in parts), strict=True)
+    return torch.cat(values), torch.cat(ids)
+
+
+def _logprobs(logits_RV: torch.Tensor, token_R: torch.Tensor, num_top: int) -> tuple[torch.Tensor, torch.Tensor]:
     logits_RV = logits_RV.float()
     norm_R1 = _logsumexp(logits_RV)
     chosen_R1 = logits_RV.gather(1, token_R[:, None])
     rank_R1 = (logits_RV > chosen_R1).sum(-1, keepdim=True) + 1
-    id_Rk = torch.cat([_top_ids(some_RV, num_top) for some_RV in logits_RV.split(_ROWS)])
+    id_Rk = _top_ids(logits_RV, num_top)
     return torch.cat([chosen_R1 - norm_R1, rank_R1.float(), logits_RV.gather(1, id_Rk) - norm_R1], 1), id_Rk
 
 

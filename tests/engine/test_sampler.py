@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from rayinfer import SamplingParams
@@ -183,6 +184,27 @@ def test_logprobs_equal_log_softmax():
     torch.testing.assert_close(values[:, 2:], want.topk(4).values)
     torch.testing.assert_close(want.gather(1, ids), values[:, 2:])
     assert logprobs(logits_RV, token_R, 0)[1].shape == (9, 0)
+
+
+def test_logprobs_of_many_rows_take_the_memory_of_few():
+    """Prompts' logits are many; what is computed from them, several times their size, is not there at once."""
+
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            self.size = max(self.size, out.numel() if isinstance(out, torch.Tensor) else 0)
+            return out
+
+    logits_RV, token_R = torch.randn(300, 97).bfloat16(), torch.randint(97, (300,))
+    with Largest() as largest:
+        values, ids = logprobs(logits_RV, token_R, 4)
+    assert largest.size <= 128 * 128  # rows, and the vocabulary to the next power of two
+    for row in (0, 127, 128, 299):
+        alone = logprobs(logits_RV[row : row + 1].clone(), token_R[row : row + 1], 4)
+        assert torch.equal(values[row : row + 1], alone[0])
+        assert torch.equal(ids[row : row + 1], alone[1])
 
 
 def test_seeded_rows_through_the_engine(make_llm):

@@ -25,7 +25,7 @@ from rayinfer.request import EncodedRow
 from rayinfer.runner import StepResult
 from rayinfer.runner.runner import TopLogprobs
 from rayinfer.sampling import SamplingParams
-from rayinfer.scheduler import DEVICE_TOKEN, Scheduler, StepPlan
+from rayinfer.scheduler import DEVICE_TOKEN, PROMPT_LOGPROB_CHUNK, Scheduler, StepPlan
 from tests.engine.tiny import EOS, TINY, as_rows, check_blocks, ids_of, random_prompts
 
 NAN = -1
@@ -317,6 +317,31 @@ def test_youngest_row_is_preempted(engine):
     for request_id in engine.request_ids:
         engine.abort(request_id)
     assert engine.pool.num_free == 8
+
+
+def test_prompt_logprobs_bound_a_step(engine):
+    """Logits of whole prompts: room for 512 tokens of a step, whosever they are; the rows of one step share it."""
+    engine.pool, engine.max_model_len = BlockPool(2000, 16), 200
+    engine.scheduler = Scheduler(engine.pool, 16, 2000)
+    engine.runner = device = Device(16, 2000, 2000, 16, 0)
+    launch, targets, decodes = device.launch, [], []
+
+    def counted(plan):
+        targets.append(len(plan.prompt_targets))
+        decodes.append(plan.num_decodes)
+        return launch(plan)
+
+    device.launch = counted
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, prompt_logprobs=0)
+    for index in range(12):
+        engine.add(str(index), EncodedRow([3 + index] * 150, params))
+    outputs = []
+    while engine.has_work:
+        outputs += engine.step()
+    assert max(targets) <= PROMPT_LOGPROB_CHUNK
+    assert targets[:3] == [PROMPT_LOGPROB_CHUNK - num_complete for num_complete in (3, 3, 4)]
+    assert decodes[:4] == [0, 3, 6, 10]  # rows that are past their prompts do not wait for the room
+    assert all(len(output.prompt_logprobs) == 150 for output in outputs)
 
 
 @pytest.mark.parametrize("when", ["before the step", "after a part of it"])
