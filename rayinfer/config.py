@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rayinfer.errors import ConfigError, explain_validation
 
@@ -43,15 +43,8 @@ class EngineConfig(BaseModel):
     decode_backend: Annotated[BackendName, Field(description="attention for single tokens")] = "auto"
     fuse: Annotated[bool, Field(description="swap known blocks for fused ones; False: transformers' own")] = True
     deterministic: Annotated[bool, Field(description="the same bits for a row in any batch; slower")] = False
-    enforce_eager: Annotated[bool, Field(description="no CUDA graphs", validate_default=True)] = False
+    enforce_eager: Annotated[bool, Field(description="no CUDA graphs")] = False
     seed: Annotated[int, Field(ge=0, lt=2**63, description="random streams of rows that bring no seed")] = 0
-
-    @field_validator("enforce_eager")
-    @classmethod
-    def _graphs(cls, value: bool, info: ValidationInfo) -> bool:
-        if not value and info.data.get("decode_backend") == "flashinfer":
-            raise ValueError("decode_backend = 'flashinfer' plans steps on the host, so not in CUDA graphs; want True")
-        return value
 
     @classmethod
     def parse(cls, **kwargs: Any) -> EngineConfig:

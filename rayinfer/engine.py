@@ -64,7 +64,7 @@ class Engine:
                 backend.check(spec, self.model.dtype, config.block_size)
         self.runner = Runner(
             self.model, prefill, decode, max_num_seqs=self.max_num_seqs, max_model_len=self.max_model_len,
-            block_size=config.block_size, use_graphs=not config.enforce_eager,
+            block_size=config.block_size, use_graphs=decode.in_graphs and not config.enforce_eager,
         )  # fmt: skip
         num_blocks = num_kv_blocks(config, self.runner, self.max_num_seqs, self.max_num_batched_tokens)
         self._fit_model_len((num_blocks - 1) * config.block_size)

@@ -93,9 +93,13 @@ class LayerCache:
 
 
 class AttentionBackend(Protocol):
-    """Five methods. A backend must never read KV beyond a row's length: unused slots may hold NaN."""
+    """Five methods. A backend must never read KV beyond a row's length: unused slots may hold NaN.
 
-    name: str
+    Attributes:
+        in_graphs: a CUDA graph can hold its `decode`, which then reads nothing on the host.
+    """
+
+    in_graphs: bool
 
     def check(self, spec: LayerSpec, dtype: torch.dtype, block_size: int) -> None:
         """Raise ConfigError if this layer cannot be computed, saying which value and what is allowed."""

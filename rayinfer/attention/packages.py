@@ -29,6 +29,7 @@ class PackageBackend(TorchBackend):
         ConfigError: another device, or the package is not installed.
     """
 
+    name: str
     modules: tuple[str, ...]  # the first that is there is used
     way_out: str  # how to install one
     head_dims: Container[int]
@@ -63,9 +64,9 @@ class PackageBackend(TorchBackend):
 
 
 class FlashAttnBackend(PackageBackend):
-    """Reads nothing on the host, so that steps of single tokens can be captured."""
+    """FlashAttention 3."""
 
-    name = "flash_attn"
+    name, in_graphs = "flash_attn", True
     modules = ("flash_attn_interface", "vllm.vllm_flash_attn")
     way_out = "build the first from the folder hopper of Dao-AILab/flash-attention, or pip install vllm"
     head_dims, heads = range(8, 257, 8), "multiples of 8 up to 256"
@@ -89,7 +90,7 @@ class FlashAttnBackend(PackageBackend):
 
 
 class FlashInferBackend(PackageBackend):
-    """Plans each step on the host, from lengths that it reads back: no CUDA graph can hold that."""
+    """Plans each step on the host, from lengths that it reads back, so not in CUDA graphs."""
 
     name = "flashinfer"
     modules = ("flashinfer",)

@@ -14,7 +14,7 @@ from rayinfer.attention.base import LayerCache, LayerSpec, StepMeta
 class TorchBackend:
     """Any head size, block size and dtype that torch's scaled_dot_product_attention takes."""
 
-    name = "torch"
+    in_graphs = False  # the shapes of a step depend on its lengths
 
     def check(self, spec: LayerSpec, dtype: torch.dtype, block_size: int) -> None:
         """Nothing is refused."""
@@ -23,9 +23,7 @@ class TorchBackend:
         self, spec: LayerSpec, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> LayerCache:
         shape = (num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
-        return LayerCache(
-            torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
-        )
+        return LayerCache(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
 
     def write(self, k_TKD: Tensor, v_TKD: Tensor, cache: LayerCache, meta: StepMeta) -> None:
         from rayinfer.ops import get_ops

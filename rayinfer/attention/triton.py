@@ -21,7 +21,7 @@ class TritonBackend:
             made use of: a token's result is the same to the last bit in any batch and chunk.
     """
 
-    name = "triton"
+    in_graphs = True
 
     def __init__(self, fixed_order: bool = False):
         self.fixed_order = fixed_order
@@ -46,8 +46,7 @@ class TritonBackend:
     ) -> LayerCache:
         """Allocate one layer's KV, zero-filled: [N, K, S, D] in memory, so that a block of one head is one piece."""
         shape = (num_blocks, spec.num_kv_heads, block_size, spec.head_dim)
-        k, v = (torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2) for _ in range(2))
-        return LayerCache(k, v)
+        return LayerCache(*(torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2) for _ in range(2)))
 
     def write(self, k_TKD: Tensor, v_TKD: Tensor, cache: LayerCache, meta: StepMeta) -> None:
         """Store the step's keys and values at `slot_mapping_T`."""

@@ -11,8 +11,8 @@ import torch
 from rayinfer import LLM, SamplingParams
 from rayinfer.attention import LayerSpec, StepMeta, get_backend
 from rayinfer.attention.packages import PACKAGES
-from rayinfer.config import EngineConfig
 from rayinfer.errors import ConfigError
+from rayinfer.runner import Runner
 from tests.engine.tiny import TINY, VOCAB, as_rows, ids_of
 from tests.kernels.paged import TOLERANCE, make_paged, reference
 
@@ -125,7 +125,7 @@ def test_in_a_graph():
 def test_tokens(name, folder_of, reference_of, family, way):
     """Each token is the likeliest that transformers knows in float32; float16 may take another of two that tie."""
     if name == "flashinfer" and way == "graphs":
-        pytest.skip("refused: test_refuses_graphs")
+        pytest.skip("the same as eager: test_backends_in_graphs")
     rng = np.random.default_rng(0)
     shared = rng.integers(3, VOCAB, 48).tolist()
     prompts = [shared[: 24 * (i % 3)] + rng.integers(3, VOCAB, 3 + i).tolist() for i in range(16)]
@@ -160,8 +160,25 @@ def test_refuses_layers(name):
         PACKAGES[name].check(LayerSpec(0, 8, 2, 100, 0.1), torch.float16, 16)
 
 
-def test_refuses_graphs():
-    with pytest.raises(ConfigError, match=r"enforce_eager = False: decode_backend = 'flashinfer' .* want True"):
-        EngineConfig.parse(model="m", decode_backend="flashinfer")
-    assert EngineConfig.parse(model="m", decode_backend="flashinfer", enforce_eager=True).enforce_eager
-    assert not EngineConfig.parse(model="m", prefill_backend="flashinfer").enforce_eager
+@pytest.mark.parametrize(("name", "eager"), [("torch", False), ("triton", True), ("triton", False)])
+def test_backends_in_graphs(folder_of, monkeypatch, name, eager):
+    """A decode backend that reads lengths on the host runs without CUDA graphs, asked for or not."""
+    asked, make = [], Runner.__init__
+    monkeypatch.setattr(Runner, "__init__", lambda self, *args, **kw: asked.append(kw) or make(self, *args, **kw))
+    backends = {"prefill_backend": "triton", "decode_backend": name, "enforce_eager": eager}
+    LLM(folder_of("llama"), **TINY, **backends, skip_tokenizer_init=True)
+    assert asked[0]["use_graphs"] == (name == "triton" and not eager)
+    assert [PACKAGES[name].in_graphs for name in ("flash_attn", "flashinfer")] == [True, False]
+
+
+@pytest.mark.gpu
+def test_torch_on_a_gpu(folder_of):
+    """The reference backend starts there too, and tells the tokens that it tells on a CPU."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    backends = {"prefill_backend": "torch", "decode_backend": "torch", "dtype": "float32"}
+    prompts, params = as_rows([[5, 6, 7], [8]]), SamplingParams(temperature=0, max_tokens=8)
+    settings = {**TINY, **backends, "max_num_seqs": 8, "max_model_len": 128, "skip_tokenizer_init": True}
+    llms = [LLM(folder_of("llama"), **{**settings, "device": device}) for device in ("cpu", "cuda")]
+    first, second = (ids_of(llm.generate(prompts, params, use_tqdm=False)) for llm in llms)
+    assert first == second
