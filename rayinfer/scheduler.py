@@ -99,8 +99,6 @@ class Scheduler:
         self.admitted: list[Request] = []  # rows that got a slot in the newest step
         # Blocks kept back when new rows come in, so that running rows seldom have to be preempted for lack of one.
         self._reserve = max(1, pool.num_blocks // 100)
-        # Once full, rows are let in again in groups: steps without prompt chunks are cheaper (one CUDA graph each).
-        self._group = max(1, max_num_seqs // 16)
         self._full = False
         self._group_lens: np.ndarray = np.zeros(0, np.int32)
         self._num_ungrouped = self._steps_ungrouped = 0  # rows that came since prefix groups were found, and steps
@@ -280,7 +278,8 @@ class Scheduler:
 
     def _few_free(self) -> bool:
         """Whether too little is free for a group of rows, while others still run."""
-        few_slots = len(self._free_slots) < min(self._group, len(self.waiting))
+        # Once full, rows are let in again in groups: steps without prompt chunks are cheaper (one CUDA graph each).
+        few_slots = len(self._free_slots) < min(max(1, self.num_slots // 16), len(self.waiting))
         return bool(self.running) and (few_slots or self.pool.num_free < self.pool.num_blocks // 16)
 
     def _order_by_prefix(self, decodes: list[Request]) -> None:

@@ -367,6 +367,24 @@ def test_out_of_memory(make_llm, when, run_ahead):
     assert (scheduler.num_slots, scheduler.max_num_batched_tokens) == (1, 4)
 
 
+def test_fewer_slots_are_filled_again(engine):
+    """After steps without memory, the groups that rows are let in by shrink with the slots."""
+    engine.pool, engine.max_model_len = BlockPool(2000, 4), 80
+    engine.scheduler = scheduler = Scheduler(engine.pool, 64, 640)
+    engine.runner = device = Device(64, 640, 2000, 4, 0)
+    launch, sizes = device.launch, []
+    device.launch = lambda plan: sizes.append(len(plan.slots)) or launch(plan)
+    for _ in range(3):
+        scheduler.shrink()
+    assert scheduler.num_slots == 8
+    params = SamplingParams(temperature=0, ignore_eos=True)
+    for index in range(64):
+        engine.add(str(index), EncodedRow([3, index], params.model_copy(update={"max_tokens": 1 + index % 8})))
+    while engine.has_work:
+        engine.step()
+    assert sizes[:20] == [8] * 20
+
+
 def test_out_of_memory_for_ever(make_llm):
     """Not a loop without an end: with nothing left to halve the error is raised."""
     llm = make_llm("llama", max_num_seqs=4, max_num_batched_tokens=64)
