@@ -19,7 +19,7 @@ from rayinfer.request import Request
 PROMPT_LOGPROB_CHUNK = 512  # tokens of a step that need logits because prompt log-probabilities are asked for
 MIN_BATCHED_TOKENS = 16  # a step that does not fit into memory is made smaller down to this
 REGROUP_STEPS = 16  # new rows wait that many steps at most until they join a prefix group
-PACE_STEPS = 16  # steps until the pace is worked out again
+PACE_STEPS = 16  # steps until the pace is worked out again, and one more for each 1,000 rows to look at
 MIN_PACE = 2048  # tokens of a step: smaller steps with prompt chunks cost more than an even pace gains
 DEVICE_TOKEN = -1  # this step's input is the slot's last sampled token, which only the device knows
 
@@ -93,7 +93,7 @@ class Scheduler:
         self.running: list[Request] = []
         self.num_preemptions = 0
         self.all_known = False  # the rows that wait are all that there are, the longest first
-        self._steps_paced, self._pace, self._credit, self._longest = PACE_STEPS, 0.0, 0.0, 0
+        self._steps_to_pace, self._pace, self._credit, self._longest = 0, 0.0, 0.0, 0
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._new_blocks: list[tuple[int, int, int]] = []
         self.admitted: list[Request] = []  # rows that got a slot in the newest step
@@ -109,7 +109,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         self.waiting.append(request)
-        self._steps_paced = PACE_STEPS
+        self._steps_to_pace = 0
 
     def add_before(self, later: Container[str], request: Request) -> None:
         """Queue a row ahead of those whose ids are in `later`."""
@@ -262,10 +262,10 @@ class Scheduler:
         Let in as fast as they fit, rows would first be only prompts, then only decodes, of which few are left at the
         end. Rows that could end after the longest running one come in without room.
         """
-        self._steps_paced += 1
+        self._steps_to_pace -= 1
         self._longest -= 1
-        if self._steps_paced >= PACE_STEPS:
-            self._steps_paced = 0
+        if self._steps_to_pace <= 0:
+            self._steps_to_pace = PACE_STEPS + len(self.waiting) // 1000
             self._longest = max(map(_num_left, self.running), default=0)
             rows = [*self.running, *self.waiting]
             work = sum(row.max_total_tokens - row.num_scheduled for row in rows)

@@ -1,5 +1,7 @@
 """Rows that are all known, the longest first, are let in at a pace with which they end together."""
 
+from collections import deque
+
 import numpy as np
 import pytest
 
@@ -56,6 +58,28 @@ def test_nothing_to_spread(lens, num_slots):
         steps_of(lens, False, num_slots=num_slots), steps_of(lens, True, num_slots=num_slots), strict=True
     ):
         np.testing.assert_array_equal(fast, paced)
+
+
+def test_many_rows_are_seldom_looked_at():
+    """100,000 waiting rows take tens of milliseconds to look through: not every 16 steps. New ones count at once."""
+    scheduler, looks = Scheduler(BlockPool(60_000, 16, False), 8, 64), 0
+
+    class Waiting(deque):
+        def __iter__(self):
+            nonlocal looks
+            looks += 1
+            return super().__iter__()
+
+    scheduler.all_known, scheduler.waiting = True, Waiting()
+    params = SamplingParams(temperature=0, max_tokens=1000)
+    for index in range(20_000):
+        scheduler.add(Request(str(index), [1] * 8, params, max_total_tokens=1008))
+    for step in range(72):
+        for request in scheduler.schedule().rows:
+            request.num_pending, request.output_token_ids = 0, request.output_token_ids + [5]
+        if step == 60:
+            scheduler.add(Request("new", [1] * 8, params, max_total_tokens=1008))
+    assert looks == 3  # at the start, after 16 + 20 steps, and for the new row
 
 
 def test_rows_that_end_early_hold_up_none():
