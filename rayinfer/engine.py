@@ -125,7 +125,6 @@ class Engine:
         params, num_prompt = row.params, len(row.prompt_token_ids)
         if params.stop and self.tokenizer is None:
             raise RowError(ErrorType.INVALID_SAMPLING_PARAMS, "stop: no tokenizer (skip_tokenizer_init)")
-        eos = () if params.ignore_eos else self.info.eos_token_ids
         most = self.max_model_len - num_prompt
         self._num_added += 1
         request = Request(
@@ -134,7 +133,7 @@ class Engine:
             params=params,
             prompt=row.prompt,
             seed=params.seed if params.seed is not None else self._row_seed(row),
-            stop_token_ids=frozenset(eos) | frozenset(params.stop_token_ids),
+            stop_token_ids=frozenset(self.info.eos_token_ids + params.stop_token_ids),
             max_total_tokens=num_prompt + min(params.max_tokens or most, most),
             prompt_logprobs=[None],  # nothing comes before the first token
         )
@@ -223,9 +222,9 @@ class Engine:
     def _ends(self, request: Request, token: int) -> bool:
         """Set finish_reason if this token is the row's last."""
         if len(request.output_token_ids) >= request.params.min_tokens:
-            if token in request.stop_token_ids:
+            is_eos = token in self.info.eos_token_ids and not request.params.ignore_eos
+            if is_eos or token in request.params.stop_token_ids:
                 request.finish_reason = "stop"
-                is_eos = token in self.info.eos_token_ids and not request.params.ignore_eos
                 request.stop_reason = None if is_eos else token
                 return True
             if request.params.stop and self.tokenizer is not None:

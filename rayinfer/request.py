@@ -95,7 +95,7 @@ class Request:
     params: SamplingParams
     prompt: str | None = None
     seed: int = 0
-    stop_token_ids: frozenset[int] = frozenset()
+    stop_token_ids: frozenset[int] = frozenset()  # EOS among them even if it is ignored: min_tokens bans it too
     max_total_tokens: int = 0  # prompt plus the most tokens that may be generated
 
     output_token_ids: list[int] = field(default_factory=list)

@@ -34,7 +34,7 @@ class SamplingParams(BaseModel):
     min_p: Annotated[float, Field(ge=0, le=1, description="drop tokens below this share of the likeliest")] = 0.0
     seed: Annotated[int | None, Field(ge=0, lt=2**63, description="the row's own random stream")] = None
     max_tokens: Annotated[int | None, Field(ge=1, description="None: up to max_model_len")] = 16
-    min_tokens: Annotated[int, Field(ge=0, description="no EOS or stop token before this many tokens")] = 0
+    min_tokens: Annotated[int, Field(ge=0, description="no EOS, ignored or not, or stop token before this many")] = 0
     stop: Annotated[tuple[str, ...], Field(description="strings that end the row")] = ()
     stop_token_ids: Annotated[tuple[int, ...], Field(description="token ids that end the row")] = ()
     include_stop_str_in_output: StrictBool = False

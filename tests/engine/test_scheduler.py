@@ -165,7 +165,7 @@ def expected(row: EncodedRow, max_model_len: int) -> tuple[list[int], str]:
     stop = set(params.stop_token_ids) | (set() if params.ignore_eos else {EOS})
     most = min(params.max_tokens or max_model_len, max_model_len - len(row.prompt_token_ids))
     while len(out) < most:
-        banned = frozenset(stop if len(out) < params.min_tokens else ())
+        banned = frozenset(stop | {EOS} if len(out) < params.min_tokens else ())
         token = answer((*row.prompt_token_ids, *out), banned)
         if token == NAN:
             return out, "error"

@@ -134,9 +134,12 @@ def test_min_tokens(scripted, tokenizer):
     assert over.token_ids[at] != tool
     assert over.token_ids[at + 1 : at + 9] == script[at + 1 : at + 9]
     eos = script.index(tokenizer.eos_token_id)
-    output = _run(llm, {"min_tokens": eos + 1})[0]
+    output, ignored = _run(llm, {"min_tokens": eos + 1}, {"min_tokens": eos + 1, "ignore_eos": True})
     assert tokenizer.eos_token_id not in output.token_ids[: eos + 1]
     assert output.finish_reason == "stop"
+    assert ignored.token_ids[: eos + 2] == output.token_ids[: eos + 2]  # banned too, as in vLLM
+    assert tokenizer.eos_token_id in ignored.token_ids[eos + 1 :]  # but ends nothing
+    assert ignored.finish_reason == "length"
 
 
 STOPS = [
