@@ -26,7 +26,7 @@ from rayinfer.kv_cache import BlockPool
 from rayinfer.models.load import load_model
 from rayinfer.request import CompletionOutput, EncodedRow, EngineStats, Logprob, Request, RequestOutput
 from rayinfer.runner import Runner, StepHandle, StepResult
-from rayinfer.runner.memory import num_kv_blocks
+from rayinfer.runner.memory import is_out_of_memory, num_kv_blocks
 from rayinfer.runner.runner import TopLogprobs
 from rayinfer.scheduler import Scheduler, Step
 from rayinfer.text import final_text, find_stop_string
@@ -100,7 +100,7 @@ class Engine:
                 self._in_flight.append((step, self.runner.launch(step.plan)))
         except BaseException as error:  # Ctrl-C too: the prefix cache knows blocks that this step was to write
             self.reset_prefix_cache()
-            if step is None or not _is_out_of_memory(error):
+            if step is None or not is_out_of_memory(error):
                 raise
             return self._shrink(step, error)
         if step is not None:
@@ -333,11 +333,6 @@ class Engine:
             )
         logger.warning("max_model_len lowered from %d to the KV cache's %d tokens", self.max_model_len, capacity)
         self.max_model_len = capacity
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Of the GPU's, or of this machine's: torch on a CPU raises a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def _keep_freed_memory() -> None:

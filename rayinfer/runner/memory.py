@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from itertools import product
 
 import numpy as np
 import psutil
@@ -19,13 +20,19 @@ GRAPH_BYTES = 1 * GIB  # CUDA graphs captured later, and what the allocator lose
 MAX_DEFAULT_CPU_GIB = 4.0
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of the GPU's, or of this machine's: CUDA, Triton, cuBLAS, and torch on a CPU, raise plain RuntimeErrors."""
+    texts = (": out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in texts)
+
+
 def num_kv_blocks(config: EngineConfig, runner: Runner, max_num_seqs: int, max_num_batched_tokens: int) -> int:
     """Number of KV blocks to allocate, the reserved one included.
 
     On a GPU: `gpu_memory_utilization` of the card, less what is in use and what the largest step was seen to need.
 
     Raises:
-        ConfigError: not even one row of two blocks fits.
+        ConfigError: not even one row of two blocks, or no step of the largest size, fits.
     """
     useful = max_num_seqs * -(-runner.max_model_len // config.block_size) + 1
     if config.num_gpu_blocks_override is not None:
@@ -58,9 +65,16 @@ def _gpu_bytes(config: EngineConfig, runner: Runner, max_num_seqs: int, max_num_
     torch.cuda.reset_peak_memory_stats(runner.device)
     before = torch.cuda.memory_allocated(runner.device)
     captured, runner.graphs = runner.graphs, None  # a graph would keep the addresses of the trial's cache
-    for greedy in (True, False):
-        runner.launch(_trial_plan(runner, max_num_seqs, max_num_batched_tokens, greedy)).read()
-        runner.launch(_trial_plan(runner, max_num_seqs, max_num_seqs, greedy)).read()
+    try:
+        for greedy, num_tokens in product((True, False), (max_num_batched_tokens, max_num_seqs)):
+            runner.launch(_trial_plan(runner, max_num_seqs, num_tokens, greedy)).read()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ConfigError(
+            f"max_num_batched_tokens = {max_num_batched_tokens}: a step of so many tokens finds no memory beside the "
+            f"weights; lower it or max_num_seqs ({max_num_seqs}), or take a smaller model or a GPU with more free memory"
+        ) from error
     runner.graphs = captured
     step = torch.cuda.max_memory_allocated(runner.device) - before
     torch.cuda.empty_cache()

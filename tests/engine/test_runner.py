@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from rayinfer import SamplingParams
+from rayinfer.errors import ConfigError
+from rayinfer.runner import memory
 from rayinfer.runner.warmup import warm_up
 from rayinfer.scheduler import StepPlan
 from tests.engine.tiny import as_rows, ids_of, random_prompts
@@ -77,6 +79,20 @@ def test_threads_that_compile_use_the_runners_gpu(make_llm, monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", seen.append)
     warm_up(runner)
     assert set(seen) == {runner.device}
+
+
+def test_the_largest_step_must_fit(make_llm, monkeypatch):
+    """It is tried before the KV cache is made, and the setting that it follows is named."""
+    for name in ("set_device", "empty_cache", "reset_peak_memory_stats", "memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: 0)
+    engine = make_llm("llama").engine
+
+    def launch(plan):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    engine.runner.launch = launch
+    with pytest.raises(ConfigError, match=r"max_num_batched_tokens = 99: .*; lower it or max_num_seqs \(8\)"):
+        memory._gpu_bytes(engine.config, engine.runner, 8, 99)
 
 
 def test_memory_follows_the_setting(make_llm):
