@@ -14,6 +14,7 @@ import logging
 import os
 from collections import deque
 from collections.abc import Callable, Hashable
+from copy import copy
 from dataclasses import replace
 
 import torch
@@ -245,20 +246,18 @@ class Engine:
             self.scheduler.finish(request, forget=request.error_type == ErrorType.NAN_LOGITS)
         if self._leaders.get(request.twin_key) is request:
             del self._leaders[request.twin_key]
-        output = self._output(request)
-        outputs = [output]
-        for twin in request.twins:
-            same = replace(output.outputs[0], token_ids=list(output.outputs[0].token_ids))
-            ids = twin.prompt_token_ids
-            outputs.append(
-                replace(
-                    output, request_id=twin.request_id, prompt=twin.prompt, prompt_token_ids=ids, outputs=[same],
-                    num_cached_tokens=len(ids),
-                )
-            )  # fmt: skip
-        for row, output in zip((request, *request.twins), outputs, strict=True):
+        stats, outputs = self.stats, [self._output(request)]
+        for row in (request, *request.twins):
+            output = outputs[0]
+            if row is not request:
+                own = output.outputs[0]
+                own = replace(own, token_ids=copy(own.token_ids), logprobs=copy(own.logprobs))
+                output = replace(
+                    output, request_id=row.request_id, prompt=row.prompt, prompt_token_ids=row.prompt_token_ids,
+                    outputs=[own], num_cached_tokens=row.num_prompt_tokens, prompt_logprobs=copy(output.prompt_logprobs),
+                )  # fmt: skip
+                outputs.append(output)
             del self._requests[row.request_id]
-            stats = self.stats
             stats.num_finished += 1
             stats.num_failed += output.error_type is not None
             stats.num_prompt_tokens += row.num_prompt_tokens

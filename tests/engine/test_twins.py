@@ -31,6 +31,18 @@ def test_they_run_once(make_llm, reference_of):
     assert ids_of(outputs)[4] == want[0]  # no list is shared
 
 
+def test_their_answers_are_their_own(make_llm):
+    """Whoever changes one output, in a postprocess, changes no other."""
+    params = GREEDY.model_copy(update={"logprobs": 1, "prompt_logprobs": 1})
+    first, second = make_llm("llama").generate(as_rows([PROMPTS[0]] * 2), params, use_tqdm=False)
+    assert (first.outputs, first.prompt_logprobs) == (second.outputs, second.prompt_logprobs)
+    num = len(first.outputs[0].logprobs), len(first.prompt_logprobs)
+    for values in (second.outputs[0].token_ids, second.outputs[0].logprobs, second.prompt_logprobs):
+        values.clear()
+    assert (len(first.outputs[0].logprobs), len(first.prompt_logprobs)) == num
+    assert len(first.outputs[0].token_ids) == num[0]
+
+
 def test_only_the_very_same(make_llm):
     """Other parameters, other prompts, or a draw: rows of their own."""
     llm = make_llm("llama")
