@@ -7,6 +7,7 @@ out in runner/. The engine knows nothing of Ray, and one thread drives it (`engi
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import hashlib
 import itertools
@@ -53,7 +54,8 @@ class Engine:
             torch.set_num_threads(config.num_threads or _num_cores())
             _keep_freed_memory()
         self.inputs = InputProcessor(config, info=self.info)
-        self.tokenizer = self.inputs.tokenizer
+        self.tokenizer = tokenizer = self.inputs.tokenizer
+        self._piece = functools.cache(lambda token: None if tokenizer is None else str(tokenizer.decode([token])))
         kind = self.device.type
         self.max_num_seqs = config.max_num_seqs or DEFAULT_MAX_NUM_SEQS[kind]
         self.max_num_batched_tokens = config.max_num_batched_tokens or DEFAULT_MAX_NUM_BATCHED_TOKENS[kind]
@@ -303,12 +305,9 @@ class Engine:
     def _logprob_entry(self, tops: TopLogprobs, number: int, token: int, num_top: int) -> dict[int, Logprob]:
         """{token: Logprob} of the given token and the `num_top` likeliest."""
         values, ids = tops.values[number].tolist(), tops.ids[number].tolist()
-        entry = {token: Logprob(values[0], int(values[1]))}
+        entry = {token: Logprob(values[0], int(values[1]), self._piece(token))}
         for rank, (other, value) in enumerate(zip(ids[:num_top], values[2:], strict=False), start=1):
-            entry.setdefault(other, Logprob(value, rank))
-        if self.tokenizer is not None:
-            for other, logprob in entry.items():
-                logprob.decoded_token = str(self.tokenizer.decode([other]))
+            entry.setdefault(other, Logprob(value, rank, self._piece(other)))
         return entry
 
     def _row_seed(self, row: EncodedRow) -> int:

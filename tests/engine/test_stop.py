@@ -97,6 +97,18 @@ def test_eos(scripted, tokenizer):
     assert ignored.text == tokenizer.decode(script[: LENGTH - 1], skip_special_tokens=True)
 
 
+def test_pieces_of_logprobs(scripted, tokenizer, monkeypatch):
+    """Each is the text of its token alone, which the tokenizer is asked for once."""
+    llm, asked = scripted[0], []
+    decode = llm.engine.tokenizer.decode
+    monkeypatch.setattr(llm.engine.tokenizer, "decode", lambda ids, **kw: asked.append(ids) or decode(ids, **kw))
+    for output in _run(llm, {"logprobs": 5}, {"logprobs": 2, "ignore_eos": True}):
+        for entry in output.logprobs:
+            assert [one.decoded_token for one in entry.values()] == [tokenizer.decode([token]) for token in entry]
+    pieces = [ids[0] for ids in asked if len(ids) == 1]
+    assert len(pieces) == len(set(pieces)) > 20
+
+
 def test_stop_token_ids(scripted, tokenizer):
     llm, script = scripted
     tool, eos, end = tokenizer.convert_tokens_to_ids("<tool>"), tokenizer.eos_token_id, tokenizer.encode("end")[0]
