@@ -87,11 +87,6 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self._requests)
 
-    @property
-    def request_ids(self) -> list[str]:
-        """Rows that are queued or running."""
-        return list(self._requests)
-
     def step(self) -> list[RequestOutput]:
         """Launch the next step, then read the one before it; returns the rows that it finished."""
         step = None
@@ -165,6 +160,12 @@ class Engine:
             later = set(itertools.dropwhile(lambda key: key != heir.request_id, self._requests))
             self.scheduler.add_before(later, heir)  # first come, first served
         return self._end(request, RowError(ErrorType.ABORTED, "aborted by the caller"))[0]
+
+    def abort_all(self) -> None:
+        """Take all rows out now, and drop what they had."""
+        for request in list(self._requests.values()):
+            if request.leader is None:  # twins end with theirs
+                self._end(request, RowError(ErrorType.ABORTED, "aborted by the caller"))
 
     def snapshot(self) -> EngineStats:
         """The engine's counts now."""

@@ -92,7 +92,7 @@ class LLM:
                 self.engine.add(request_id, encoded)
             except RowError as error:
                 if on_error == "raise":
-                    self._drop()
+                    self.engine.abort_all()
                     raise RowError(error.type, f"prompt {index}: {error}") from None
                 outputs[index] = failed_output(None, error, request_id)
         with tqdm(
@@ -107,13 +107,9 @@ class LLM:
                         outputs[index] = output
                         bar.update()
             except BaseException:  # Ctrl-C too: the engine must be usable for the next call
-                self._drop()
+                self.engine.abort_all()
                 raise
         return [output for output in outputs if output is not None]
-
-    def _drop(self) -> None:
-        for request_id in self.engine.request_ids:
-            self.engine.abort(request_id)
 
 
 def _most_tokens(row: EncodedRow | RowError) -> int:

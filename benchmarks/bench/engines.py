@@ -182,8 +182,7 @@ def _shares(engine: Any, num_steps: int) -> dict[str, float]:
             time_us = event.self_device_time_total if cuda else event.self_cpu_time_total
             if cuda or event.key.startswith("aten::"):
                 times[part_of(event.key)] += time_us / 1e6
-    for request_id in engine.request_ids:
-        engine.abort(request_id)
+    engine.abort_all()
     shares = {part: times[part] / wall for part in (*PARTS, "small")}
     return {**shares, "host": max(0.0, 1 - sum(shares.values()))}
 

@@ -298,8 +298,7 @@ def test_decoding_rows_come_before_prompts(engine):
         plans.append((step.plan.num_decodes, step.plan.num_new.tolist()))
         engine._read(step, engine.runner.launch(step.plan).read())
     assert plans == [(3, [1, 1, 1, 5])] * 4
-    for request_id in engine.request_ids:
-        engine.abort(request_id)
+    engine.abort_all()
 
 
 def test_youngest_row_is_preempted(engine):
@@ -314,8 +313,7 @@ def test_youngest_row_is_preempted(engine):
         engine.step()
     assert [r.request_id for r in engine.scheduler.waiting] == ["young", "waiting"]
     assert engine.scheduler.waiting[0].blocks == []
-    for request_id in engine.request_ids:
-        engine.abort(request_id)
+    engine.abort_all()
     assert engine.pool.num_free == 8
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from rayinfer import SamplingParams
@@ -77,6 +79,25 @@ def test_abort(make_llm, reference_of, aborted, num_steps):
     assert sorted(output.request_id for output in outputs) == sorted({"0", "1", "2"} - {str(aborted)})
     assert ids_of(outputs) == [want, want]
     assert not engine._leaders
+
+
+def test_abort_all_of_them(make_llm, reference_of):
+    """In a time that grows with their number, not its square; the engine is as good as new."""
+    engine, seconds = make_llm("llama").engine, []
+    for num in (2_000, 16_000):
+        for index in range(num):
+            engine.add(str(index), EncodedRow(list(PROMPTS[index % 2]), GREEDY))
+        engine.step()
+        begin = time.process_time()
+        engine.abort_all()
+        seconds.append(time.process_time() - begin)
+        assert not engine.has_work
+    assert seconds[1] < 24 * seconds[0] + 0.05  # eight times as many rows
+    engine.add("0", EncodedRow(list(PROMPTS[0]), GREEDY))
+    outputs = []
+    while engine.has_work:
+        outputs += engine.step()
+    assert ids_of(outputs) == [reference_of("llama").generate(PROMPTS[0], 12)]
 
 
 @pytest.mark.parametrize("num_steps", [0, 3])
