@@ -17,9 +17,10 @@ _NUMBERS = ("temperature", "top_k", "top_p", "min_p", "seed", "max_tokens", "min
 class SamplingParams(BaseModel):
     """Sampling parameters of one row.
 
-    The order of the filters is temperature, top-k, top-p over what top-k left, min-p; the token is then
-    drawn by Gumbel-max with noise that depends on (seed, position, token) alone, so a row with a seed gives
-    the same tokens in any batch. Log-probabilities are those of the model before temperature and filters.
+    The order of the filters is temperature, top-k, top-p over what top-k left, min-p, as in transformers (vLLM applies
+    min-p first, and top-p to what it left); the token is then drawn by Gumbel-max with noise that depends on (seed,
+    position, token) alone, so a row with a seed gives the same tokens in any batch. Log-probabilities are those of the
+    model before temperature and filters.
 
     Raises:
         RowError: INVALID_SAMPLING_PARAMS, naming each wrong field (`from_row` only; the constructor
