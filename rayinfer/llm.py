@@ -94,7 +94,7 @@ class LLM:
                 if on_error == "raise":
                     self.engine.abort_all()
                     raise RowError(error.type, f"prompt {index}: {error}") from None
-                outputs[index] = failed_output(None, error, request_id)
+                outputs[index] = failed_output(encoded if isinstance(encoded, EncodedRow) else None, error, request_id)
         with tqdm(
             total=len(rows), initial=sum(o is not None for o in outputs), disable=not use_tqdm, unit="row"
         ) as bar:

@@ -139,6 +139,7 @@ def test_no_tokenizer(make_llm):
     assert [output.error_type for output in outputs] == ["INVALID_PROMPT", "INVALID_SAMPLING_PARAMS", None]
     assert "skip_tokenizer_init" in outputs[0].error_message
     assert outputs[2].outputs[0].text == ""
+    assert [output.prompt_token_ids for output in outputs] == [[], [5], [5]]  # a failed row's too, if it has some
 
 
 NAN_TOKEN = 41
