@@ -95,14 +95,13 @@ def matmul(
             for t in (x_MI, w_OI)
             for address in (0 if t.is_meta else t.data_ptr(), t.stride(0) * t.element_size())
         )
-    x, w = x_MI, w_OI
-    loads: tuple[Any, Any] = (x, w)
+    loads: tuple[Any, Any] = (x_MI, w_OI)
     if tma:
-        blocks = ((x, [tile.m, tile.i]), (w, [tile.o, tile.i]))
+        blocks = ((x_MI, [tile.m, tile.i]), (w_OI, [tile.o, tile.i]))
         loads = tuple(TensorDescriptor(t, t.shape, t.stride(), block) for t, block in blocks)  # type: ignore[assignment]
     grid = (triton.cdiv(num_rows, tile.m) * triton.cdiv(num_out, tile.o),)
     _matmul_kernel[grid](
-        *loads, bias_O, out_MO, num_rows, num_out, num_in, x.stride(0), w.stride(0),
+        *loads, bias_O, out_MO, num_rows, num_out, num_in, x_MI.stride(0), w_OI.stride(0),
         TMA=tma, BLOCK_M=tile.m, BLOCK_O=tile.o, BLOCK_I=tile.i, GROUP=tile.group,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

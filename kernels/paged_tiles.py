@@ -119,6 +119,5 @@ def num_processors(device: torch.device) -> int:
 def check_cache(k_NSKD: torch.Tensor, v_NSKD: torch.Tensor) -> None:
     """Our own invariants of a KV cache: one shape, heads contiguous, a power of two of slots a block."""
     assert k_NSKD.shape == v_NSKD.shape
-    assert k_NSKD.stride(3) == 1
-    assert v_NSKD.stride(3) == 1
+    assert k_NSKD.stride(3) == v_NSKD.stride(3) == 1
     assert k_NSKD.shape[1] & (k_NSKD.shape[1] - 1) == 0

@@ -253,11 +253,11 @@ class Engine:
         for row in (request, *request.twins):
             output = outputs[0]
             if row is not request:
-                own = output.outputs[0]
+                own, prompt_logprobs = output.outputs[0], copy(output.prompt_logprobs)
                 own = replace(own, token_ids=copy(own.token_ids), logprobs=copy(own.logprobs))
                 output = replace(
                     output, request_id=row.request_id, prompt=row.prompt, prompt_token_ids=row.prompt_token_ids,
-                    outputs=[own], num_cached_tokens=row.num_prompt_tokens, prompt_logprobs=copy(output.prompt_logprobs),
+                    outputs=[own], num_cached_tokens=row.num_prompt_tokens, prompt_logprobs=prompt_logprobs,
                 )  # fmt: skip
                 outputs.append(output)
             del self._requests[row.request_id]

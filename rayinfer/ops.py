@@ -33,7 +33,6 @@ _ACT: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
-ACT_KINDS = tuple(_ACT)
 
 
 def rms_norm(x_TC: Tensor, weight_C: Tensor, eps: float, *, gemma: bool = False) -> Tensor:
@@ -59,7 +58,7 @@ def add_rms_norm(
 
 
 def act_mul(x_T2I: Tensor, kind: str) -> Tensor:
-    """act(first half of the last axis) * second half; kind is one of ACT_KINDS."""
+    """act(first half of the last axis) * second half; kind is one of _ACT."""
     gate_TI, up_TI = x_T2I.chunk(2, dim=-1)
     return _ACT[kind](gate_TI).mul_(up_TI)
 

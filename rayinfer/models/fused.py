@@ -74,9 +74,8 @@ class FusedAttention(nn.Module):
             paged.cache.v_NSKD, num_heads=spec.num_heads, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim,
             **norms,
         )  # fmt: skip
-        if outputs is not None:
-            return paged.attend(q_THD[outputs.index_L], outputs.meta).flatten(1)
-        return paged.attend(q_THD, paged.meta).flatten(1)
+        wanted = (q_THD, paged.meta) if outputs is None else (q_THD[outputs.index_L], outputs.meta)
+        return paged.attend(*wanted).flatten(1)
 
 
 class FusedMLP(nn.Module):

@@ -73,9 +73,8 @@ class Model:
             logits_index_L: int64, tokens of the step whose logits are wanted; None: all. They are those of
                 `meta.outputs` where that is given.
         """
-        if self.one_by_one:
-            return self._forward_one_by_one(input_ids_T, meta, logits_index_L)
-        return self._forward(input_ids_T, meta, logits_index_L)
+        forward = self._forward_one_by_one if self.one_by_one else self._forward
+        return forward(input_ids_T, meta, logits_index_L)
 
     def _forward_one_by_one(
         self, input_ids_T: torch.Tensor, meta: StepMeta, logits_index_L: torch.Tensor | None

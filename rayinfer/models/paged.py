@@ -51,12 +51,11 @@ class PagedLayer:
 
     def attend(self, q_THD: torch.Tensor, meta: StepMeta) -> torch.Tensor:
         """Attend to the cache, which holds this step's keys and values already. Returns [T, H, D], contiguous."""
-        state = self.state
         out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
         if meta.num_decodes:
-            state.decode.decode(q_THD, self.cache, self.spec, meta, out_THD)
+            self.state.decode.decode(q_THD, self.cache, self.spec, meta, out_THD)
         if meta.seq_lens_R.shape[0] > meta.num_decodes:
-            state.prefill.prefill(q_THD, self.cache, self.spec, meta, out_THD)
+            self.state.prefill.prefill(q_THD, self.cache, self.spec, meta, out_THD)
         return out_THD
 
     def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: Any) -> torch.Tensor:
@@ -111,8 +110,7 @@ def _paged_attention(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     attention_mask: torch.Tensor | None = None, **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
-    out = module.paged(query, key, value, attention_mask=attention_mask, module=module, **kwargs)  # type: ignore[operator]
-    return out, None
+    return module.paged(query, key, value, attention_mask=attention_mask, module=module, **kwargs), None  # type: ignore[operator]
 
 
 AttentionInterface.register(ATTENTION, _paged_attention)

@@ -73,7 +73,7 @@ def _gpu_bytes(config: EngineConfig, runner: Runner, max_num_seqs: int, max_num_
             raise
         raise ConfigError(
             f"max_num_batched_tokens = {max_num_batched_tokens}: a step of so many tokens finds no memory beside the "
-            f"weights; lower it or max_num_seqs ({max_num_seqs}), or take a smaller model or a GPU with more free memory"
+            f"weights; lower it or max_num_seqs ({max_num_seqs}), take a smaller model, or a GPU with more memory"
         ) from error
     runner.graphs = captured
     step = torch.cuda.max_memory_allocated(runner.device) - before
