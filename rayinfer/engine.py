@@ -12,7 +12,6 @@ import gc
 import hashlib
 import itertools
 import logging
-import os
 from collections import deque
 from collections.abc import Callable, Hashable
 from copy import copy
@@ -23,6 +22,7 @@ import torch
 from rayinfer.attention import get_backend
 from rayinfer.config import EngineConfig
 from rayinfer.errors import ConfigError, ErrorType, RowError
+from rayinfer.host import num_cores
 from rayinfer.inputs import InputProcessor, check_length
 from rayinfer.kv_cache import BlockPool
 from rayinfer.models.load import load_model
@@ -51,7 +51,7 @@ class Engine:
         self.model = load_model(config)
         self.device, self.info = self.model.device, self.model.info
         if self.device.type == "cpu":
-            torch.set_num_threads(config.num_threads or _num_cores())
+            torch.set_num_threads(config.num_threads or num_cores())
             _keep_freed_memory()
         self.inputs = InputProcessor(config, info=self.info)
         self.tokenizer = tokenizer = self.inputs.tokenizer
@@ -346,8 +346,3 @@ def _keep_freed_memory() -> None:
         mallopt(-1, 2**30)
         mallopt(-3, 2**25)
         mallopt(-8, 1)
-
-
-def _num_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -23,10 +23,9 @@ from itertools import count
 from multiprocessing.connection import Connection
 from typing import Any
 
-import psutil
-
 from rayinfer.config import EngineConfig
 from rayinfer.errors import ErrorType, RowError
+from rayinfer.host import free_memory
 from rayinfer.request import EncodedRow, EngineStats, RequestOutput, failed_output
 
 logger = logging.getLogger(__name__)
@@ -39,7 +38,7 @@ MIN_STEP_S = 60.0  # no step is given less than this, or than ten times the long
 POLL_S = 1.0
 END_S = 10.0  # for a process to end by itself
 MAX_FAILED_STARTS = 3  # one after the other
-MIN_FREE_MEMORY = 0.05  # of the machine's; while less is free, the engine gets ever fewer rows
+MIN_FREE_MEMORY = 0.05  # of the machine's, or the container's; while less is free, the engine gets ever fewer rows
 MEMORY_S = 10.0  # between two looks
 _NO_LIMIT = 2**30
 _GAUGES = ("num_running", "num_waiting", "kv_usage")
@@ -183,11 +182,12 @@ class EngineProcess:
         """Rows that the process may get, by the memory that the machine has left."""
         now = time.monotonic()
         if now - self._looked > MEMORY_S:
-            self._looked, memory = now, psutil.virtual_memory()
-            short = memory.available < MIN_FREE_MEMORY * memory.total
+            self._looked, (free, total) = now, free_memory()
+            short = free < MIN_FREE_MEMORY * total
             self._limit = max(1, min(self._limit, num_sent) // 2) if short else min(2 * self._limit, _NO_LIMIT)
             if short:
-                logger.warning("host memory is %.0f %% full: at most %d rows at once", memory.percent, self._limit)
+                full = 100 - 100 * free / total
+                logger.warning("memory is %.0f %% full: at most %d rows at once", full, self._limit)
         return self._limit - num_sent
 
     def _died(self, child: _Child) -> None:

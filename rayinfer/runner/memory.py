@@ -6,11 +6,11 @@ import gc
 from itertools import product
 
 import numpy as np
-import psutil
 import torch
 
 from rayinfer.config import EngineConfig
 from rayinfer.errors import ConfigError
+from rayinfer.host import free_memory
 from rayinfer.runner.runner import Runner
 from rayinfer.runner.warmup import warm_up
 from rayinfer.scheduler import StepPlan
@@ -40,8 +40,7 @@ def num_kv_blocks(config: EngineConfig, runner: Runner, max_num_seqs: int, max_n
     if runner.device.type == "cuda":
         limit = _gpu_bytes(config, runner, max_num_seqs, max_num_batched_tokens)
     else:
-        free = psutil.virtual_memory().available
-        limit = int(min(free * 0.25, MAX_DEFAULT_CPU_GIB * GIB))
+        limit = int(min(free_memory()[0] * 0.25, MAX_DEFAULT_CPU_GIB * GIB))
         if config.cpu_kv_cache_gib is not None:
             limit = int(config.cpu_kv_cache_gib * GIB)
     num_blocks = min(limit // runner.bytes_per_block(), useful)

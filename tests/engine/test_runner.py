@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import pickle
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
-from rayinfer import SamplingParams
+from rayinfer import SamplingParams, host
 from rayinfer.errors import ConfigError
 from rayinfer.runner import memory
 from rayinfer.runner.warmup import warm_up
@@ -105,6 +107,34 @@ def test_memory_follows_the_setting(make_llm):
     assert most.engine.pool.num_blocks == 3 * 128 // 4 + 1
     caches = most.engine.model._state.caches
     assert sum(c.k_NSKD.nbytes + c.v_NSKD.nbytes for c in caches) == most.engine.pool.num_blocks * 1024
+
+
+def test_a_containers_limits(make_llm, monkeypatch, tmp_path):
+    """Cores and memory of a pod on a large node, as cgroup v2 tells them; without limits those of the machine."""
+    machine, cores = psutil.virtual_memory(), len(os.sched_getaffinity(0))
+    monkeypatch.setattr(host, "CGROUP", tmp_path / "none")
+    assert host.num_cores() == cores
+    assert host.free_memory() == (pytest.approx(machine.available, rel=0.2), machine.total)
+    monkeypatch.setattr(host, "CGROUP", tmp_path)
+    stat = "anon 1\nfile 90\ninactive_file 300000\nactive_file 200000\nworkingset_activate_file 7\n"
+    (tmp_path / "memory.stat").write_text(stat)
+    (tmp_path / "memory.current").write_text("1500000\n")
+    for cores_limit, memory_limit, want in [
+        ("max 100000\n", "max\n", (cores, machine.total)),
+        ("50000 100000\n", "1600000\n", (1, 1_600_000)),  # half a core
+        ("900000000 100000\n", f"{10**15}\n", (cores, machine.total)),
+    ]:
+        (tmp_path / "cpu.max").write_text(cores_limit)
+        (tmp_path / "memory.max").write_text(memory_limit)
+        assert (host.num_cores(), host.free_memory()[1]) == want
+    (tmp_path / "memory.max").write_text("1600000\n")
+    assert host.free_memory()[0] == 600_000
+    llm = make_llm("llama", block_size=4, cpu_kv_cache_gib=None, num_threads=None)
+    assert llm.engine.pool.num_blocks == 600_000 // 4 // 1024
+    assert torch.get_num_threads() == cores
+    (tmp_path / "cpu.max").write_text("50000 100000\n")
+    make_llm("llama", num_threads=None)
+    assert torch.get_num_threads() == 1
 
 
 def test_block_zero_stays_zero(make_llm):
