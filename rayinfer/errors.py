@@ -21,7 +21,7 @@ class ErrorType(StrEnum):
 
     INVALID_PROMPT = "INVALID_PROMPT"  # missing, None, empty, wrong type, malformed messages
     PROMPT_TOO_LONG = "PROMPT_TOO_LONG"  # no room for one generated token under max_model_len
-    INVALID_TOKEN_IDS = "INVALID_TOKEN_IDS"  # prompt_token_ids out of the vocabulary
+    INVALID_TOKEN_IDS = "INVALID_TOKEN_IDS"  # given or a text's, out of the vocabulary
     INVALID_SAMPLING_PARAMS = "INVALID_SAMPLING_PARAMS"  # unknown name, wrong type, out of range
     TEMPLATE_ERROR = "TEMPLATE_ERROR"  # the chat or prompt template raised
     PREPROCESS_ERROR = "PREPROCESS_ERROR"  # the user's preprocess raised or returned no row
