@@ -1,7 +1,8 @@
 """Attention in plain torch: what a CPU runs, and the reference that other backends are compared with.
 
-Decode gathers the KV of all rows, padded to the longest, and makes one scaled_dot_product_attention call a layer with
-the query heads of a KV head packed as its "query tokens". Index tensors are worked out once a step, not once a layer.
+Decode gathers the KV of rows of like length, padded to the longest of them, and makes one scaled_dot_product_attention
+call for them in a layer, with the query heads of a KV head packed as its "query tokens". Index tensors are worked out
+once a step, not once a layer.
 """
 
 import torch
@@ -9,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rayinfer.attention.base import LayerCache, LayerSpec, StepMeta
+
+MIN_SPARED = 64  # blocks of padding: what one more group of rows in each layer costs
 
 
 class TorchBackend:
@@ -42,16 +45,16 @@ class TorchBackend:
             out_THD[first:last] = out_KgqD.reshape(spec.num_heads, num_new, spec.head_dim).transpose(0, 1)
 
     def decode(self, q_THD: Tensor, cache: LayerCache, spec: LayerSpec, meta: StepMeta, out_THD: Tensor) -> None:
-        num_rows, group = meta.num_decodes, spec.num_heads // spec.num_kv_heads
-        blocks_BP, mask_B1L, stale = self._gather(cache, spec, meta)
-        gathered: list[Tensor] = []
-        for c in (cache.k_NSKD, cache.v_NSKD):
-            kv_BLKD = c.index_select(0, blocks_BP.flatten()).view(num_rows, -1, spec.num_kv_heads, spec.head_dim)
-            kv_BLKD[stale] = 0  # slots past a row's end may hold NaN, and 0 * NaN is NaN
-            gathered.append(kv_BLKD.transpose(1, 2))
-        q_BKgD = q_THD[:num_rows].reshape(num_rows, spec.num_kv_heads, group, spec.head_dim)
-        out_BKgD = _attend(q_BKgD, gathered[0], gathered[1], mask_B1L, spec)
-        out_THD[:num_rows] = out_BKgD.reshape(num_rows, spec.num_heads, spec.head_dim)
+        group = spec.num_heads // spec.num_kv_heads
+        for rows, blocks_BP, mask_B1L, stale in self._gather(cache, spec, meta):
+            gathered: list[Tensor] = []
+            for c in (cache.k_NSKD, cache.v_NSKD):
+                kv_BLKD = c.index_select(0, blocks_BP.flatten()).view(len(rows), -1, spec.num_kv_heads, spec.head_dim)
+                kv_BLKD[stale] = 0  # slots past a row's end may hold NaN, and 0 * NaN is NaN
+                gathered.append(kv_BLKD.transpose(1, 2))
+            q_BKgD = q_THD[rows].reshape(len(rows), spec.num_kv_heads, group, spec.head_dim)
+            out_BKgD = _attend(q_BKgD, gathered[0], gathered[1], mask_B1L, spec)
+            out_THD[rows] = out_BKgD.reshape(len(rows), spec.num_heads, spec.head_dim)
 
     def _chunks(self, cache: LayerCache, spec: LayerSpec, meta: StepMeta) -> list[tuple]:
         """(first token, last token, seq_len, blocks, mask) of each prompt chunk, once a step and window."""
@@ -71,26 +74,42 @@ class TorchBackend:
             meta.scratch[key] = chunks
         return meta.scratch[key]
 
-    def _gather(self, cache: LayerCache, spec: LayerSpec, meta: StepMeta) -> tuple:
-        """Blocks [B, P'] that decode rows can see, their mask [B, 1, 1, P' * S], and (row, slot) of stale entries."""
+    def _gather(self, cache: LayerCache, spec: LayerSpec, meta: StepMeta) -> list[tuple]:
+        """For groups of decode rows: row numbers, the blocks [B, P'] that they can see, their mask [B, 1, 1, P' * S],
+        and (row, slot) of stale entries."""
         key = ("gather", spec.sliding_window)
         if key not in meta.scratch:
-            size = cache.k_NSKD.shape[1]
+            size, table_BP = cache.k_NSKD.shape[1], meta.block_table_RP[: meta.num_decodes].long()
             lens_B = meta.seq_lens_R[: meta.num_decodes].long()
             window = spec.sliding_window or meta.max_seq_len
             first_B = (lens_B - window).clamp_(min=0)  # first visible token
             base_B = first_B // size  # block that holds it
-            num_blocks = int(((lens_B + size - 1) // size - base_B).max())
-            index_BP = base_B[:, None] + torch.arange(num_blocks, device=lens_B.device)
-            in_row = index_BP * size < lens_B[:, None]
-            table_BP = meta.block_table_RP[: meta.num_decodes].long()
-            blocks_BP = table_BP.gather(1, index_BP.clamp(max=table_BP.shape[1] - 1)) * in_row  # block 0: zeros
-            slots = base_B[:, None] * size + torch.arange(num_blocks * size, device=lens_B.device)
-            visible = (slots >= first_B[:, None]) & (slots < lens_B[:, None])
-            # What is read and not visible: of the last block, and of the first one of a window.
-            stale = torch.nonzero(~visible & in_row.repeat_interleave(size, 1), as_tuple=True)
-            meta.scratch[key] = (blocks_BP, visible[:, None, None, :], stale)
+            num_B = (lens_B + size - 1) // size - base_B
+            groups = []
+            for rows in _alike(num_B):
+                index_BP = base_B[rows, None] + torch.arange(int(num_B[rows].max()), device=lens_B.device)
+                in_row = index_BP * size < lens_B[rows, None]
+                blocks_BP = (
+                    table_BP[rows].gather(1, index_BP.clamp(max=table_BP.shape[1] - 1)) * in_row
+                )  # block 0: zeros
+                slots = (index_BP[..., None] * size + torch.arange(size, device=lens_B.device)).flatten(1)
+                visible = (slots >= first_B[rows, None]) & (slots < lens_B[rows, None])
+                # What is read and not visible: of the last block, and of the first one of a window.
+                stale = torch.nonzero(~visible & in_row.repeat_interleave(size, 1), as_tuple=True)
+                groups.append((rows, blocks_BP, visible[:, None, None, :], stale))
+            meta.scratch[key] = groups
         return meta.scratch[key]
+
+
+def _alike(num_B: Tensor) -> list[Tensor]:
+    """Rows in groups of like numbers of blocks: a long row is not to pad all the others to its length."""
+    order_B = num_B.argsort(descending=True)
+    sorted_B, starts = num_B[order_B].tolist(), [0]
+    for row, num in enumerate(sorted_B):
+        spared = sorted_B[starts[-1]] - num
+        if spared >= num and spared * (len(sorted_B) - row) >= MIN_SPARED:
+            starts.append(row)
+    return list(order_B.tensor_split(starts[1:]))
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, spec: LayerSpec) -> Tensor:

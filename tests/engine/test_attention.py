@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from rayinfer.attention import LayerSpec, StepMeta, get_backend
+from rayinfer.attention.torch import _alike
 
 BLOCK_SIZE = 4
 # (tokens in the cache once the step is written, tokens of this step): decodes first.
@@ -90,12 +91,25 @@ def test_equals_naive_attention(num_heads, num_kv_heads, sliding_window, softcap
     torch.testing.assert_close(got.double(), want, atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("rows", [[(7, 1)], [(9, 9)], [(33, 1), (1, 1), (12, 1)], [(2, 2), (31, 30)], [(4, 1), (8, 4)]])
+LONG_AND_SHORT = [(1, 1), (300, 1), (3, 1), (90, 1), (2, 1), (40, 1), (8, 1), (310, 1), (4, 1), (5, 3)]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [[(7, 1)], [(9, 9)], [(33, 1), (1, 1), (12, 1)], [(2, 2), (31, 30)], [(4, 1), (8, 4)], LONG_AND_SHORT],
+)
 @pytest.mark.parametrize("sliding_window", [None, 5])
 def test_steps_of_one_kind(rows, sliding_window):
-    """Decodes alone, chunks alone, and lengths at the edges of blocks."""
+    """Decodes alone, chunks alone, lengths at the edges of blocks, and decodes that are grouped by length."""
     got, want = _run(LayerSpec(0, 6, 2, 8, 8**-0.5, sliding_window), rows, seed=1)
     torch.testing.assert_close(got.double(), want, atol=2e-5, rtol=1e-5)
+
+
+def test_long_rows_do_not_pad_short_ones():
+    num_B = torch.tensor([-(-length // BLOCK_SIZE) for length, num_new in LONG_AND_SHORT if num_new == 1])
+    groups = [sorted(num_B[rows].tolist()) for rows in _alike(num_B)]
+    assert groups == [[75, 78], [23], [1, 1, 1, 1, 2, 10]]
+    assert [len(rows) for rows in _alike(torch.tensor([9, 2, 8, 1, 9]))] == [5]  # little to spare
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
