@@ -10,7 +10,6 @@ import ctypes
 import functools
 import gc
 import hashlib
-import itertools
 import logging
 from collections import deque
 from collections.abc import Callable, Hashable
@@ -144,22 +143,6 @@ class Engine:
                 leader.twins.append(request)
                 return
         self.scheduler.add(request)
-
-    def abort(self, request_id: str) -> RequestOutput | None:
-        """Take a row out now; returns it as ABORTED, or None if it is not here."""
-        request = self._requests.get(request_id)
-        if request is None:
-            return None
-        if request.leader is not None:
-            request.leader.twins.remove(request)
-        elif request.twins:  # the next one takes its place
-            self._leaders[request.twin_key] = heir = request.twins.pop(0)
-            heir.leader, heir.twins, request.twins = None, request.twins, []
-            for twin in heir.twins:
-                twin.leader = heir
-            later = set(itertools.dropwhile(lambda key: key != heir.request_id, self._requests))
-            self.scheduler.add_before(later, heir)  # first come, first served
-        return self._end(request, RowError(ErrorType.ABORTED, "aborted by the caller"))[0]
 
     def abort_all(self) -> None:
         """Take all rows out now, and drop what they had."""

@@ -7,7 +7,6 @@ the device: tokens that launched steps will yield are counted (`Request.num_pend
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Container
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -110,11 +109,6 @@ class Scheduler:
     def add(self, request: Request) -> None:
         self.waiting.append(request)
         self._steps_to_pace = 0
-
-    def add_before(self, later: Container[str], request: Request) -> None:
-        """Queue a row ahead of those whose ids are in `later`."""
-        places = (place for place, other in enumerate(self.waiting) if other.request_id in later)
-        self.waiting.insert(next(places, len(self.waiting)), request)
 
     def finish(self, request: Request, forget: bool = False) -> None:
         """Take a finished row out and free what it holds; `forget` its KV if it is not to be trusted."""
