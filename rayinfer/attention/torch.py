@@ -89,10 +89,9 @@ class TorchBackend:
             for rows in _alike(num_B):
                 index_BP = base_B[rows, None] + torch.arange(int(num_B[rows].max()), device=lens_B.device)
                 in_row = index_BP * size < lens_B[rows, None]
-                blocks_BP = (
-                    table_BP[rows].gather(1, index_BP.clamp(max=table_BP.shape[1] - 1)) * in_row
-                )  # block 0: zeros
                 slots = (index_BP[..., None] * size + torch.arange(size, device=lens_B.device)).flatten(1)
+                index_BP.clamp_(max=table_BP.shape[1] - 1)
+                blocks_BP = table_BP[rows].gather(1, index_BP) * in_row  # block 0: zeros
                 visible = (slots >= first_B[rows, None]) & (slots < lens_B[rows, None])
                 # What is read and not visible: of the last block, and of the first one of a window.
                 stale = torch.nonzero(~visible & in_row.repeat_interleave(size, 1), as_tuple=True)
