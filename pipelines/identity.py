@@ -64,9 +64,8 @@ def _model_files(source: str) -> dict[str, str]:
     files = [path] if path.is_file() else sorted(file for file in path.glob("*") if file.is_file())
     told = {}
     for file in files:
-        with file.open("rb") as stream:
-            weights = file.suffix in _WEIGHTS
-            head = stream.read(_HASHED_BYTES) if file.suffix == ".gguf" else b"" if weights else stream.read()
+        with file.open("rb") as f:
+            head = f.read(_HASHED_BYTES) if file.suffix == ".gguf" else b"" if file.suffix in _WEIGHTS else f.read()
         told[file.name] = f"{os.path.getsize(file):,} bytes"
         told[file.name] += f", sha256 {hashlib.sha256(head).hexdigest()[:16]}" if head else ""
     return told

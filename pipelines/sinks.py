@@ -197,6 +197,8 @@ def check_apart(sink: SinkSpec, spec: SourceSpec, listing: Listing) -> None:
     """Raise ConfigError if the job could read what it writes, or remove what it reads."""
     folder, source = (fsspec.core.url_to_fs(uri)[1].rstrip("/") for uri in (sink.uri, spec.uri))
     coming = (MARKER, JOB, f"{META}/log-0/0.json", f"{PART_PREFIX}{'0' * 8}-{'0' * 6}-{'0' * 24}.{sink.file_format}")
-    files = [*listing.files, *(f"{folder}/{n}" for n in coming if re.match(glob_translate(source), f"{folder}/{n}"))]
+    # What lies in an archive is no file of a folder, whatever its path.
+    glob = re.compile(glob_translate("" if "::" in spec.uri else source))
+    files = [*listing.files, *(f"{folder}/{name}" for name in coming if glob.match(f"{folder}/{name}"))]
     if f"{folder}/".startswith(f"{source}/") or any(file.startswith(f"{folder}/") for file in files):
         raise ConfigError(f"sink.uri = {bare_uri(sink.uri)!r}: source and output share a folder; name another one")

@@ -7,6 +7,7 @@ import datetime as dt
 import hashlib
 import json
 import os
+import zipfile
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -271,6 +272,10 @@ def test_a_glob_that_covers_the_output_is_refused_at_the_first_run(tmp_path, tab
         spec = SourceSpec(uri=f"{tmp_path}/g/{glob}", format="jsonl" if "json" in glob else "parquet")
         with pytest.raises(ConfigError, match="share a folder") if covered else contextlib.nullcontext():
             check_apart(sink_of(tmp_path / "g/out"), spec, list_source(spec))
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.write(tmp_path / "g/in/a.parquet", "in/a.parquet")
+    spec = SourceSpec(uri=f"zip://**/*.parquet::{tmp_path}/a.zip")
+    check_apart(sink_of(tmp_path / "g/out"), spec, list_source(spec))
 
 
 def test_what_desktops_and_consoles_leave_behind_is_no_file_of_others(tmp_path):
