@@ -120,6 +120,19 @@ def test_rays_start_leaves_sigterm_to_us(local_ray):
     assert (done.returncode, "ours" in done.stdout) == (0, True), done.stderr
 
 
+def test_engines_are_no_less_urgent_than_other_programs():
+    """Seen with the demo beside other work: at Ray's niceness of 15 its engine got next to no time."""
+    code = """if True:
+        import os, ray
+        from rayinfer.pipelines.run import _ray
+        with _ray(None, False):
+            print("niceness", ray.get(ray.remote(lambda: os.nice(0)).remote()) - os.nice(0))
+    """
+    env = {name: value for name, value in os.environ.items() if name != "RAY_worker_niceness"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    assert (done.returncode, "niceness 0" in done.stdout) == (0, True), done.stdout + done.stderr
+
+
 def test_the_oracle_sees_what_is_wrong(tmp_path):
     def write(name: str, rows: list[tuple[str, str, str | None]]) -> None:
         keys, texts, errors = map(list, zip(*rows, strict=True))
