@@ -190,9 +190,12 @@ def overtake(format: str, at: int, second: str) -> tuple[bool, str]:
             count += 1
             if count == at:
                 ended = True
-                other = plan_of(format, folder, output, prompt="y" if second == "overwrite" else "x")
+                prompt = "y" if second == "overwrite" else "x"
+                other = plan_of(format, folder, output, prompt=prompt)
                 for replay in (False, True) if second == "replay" else (False,):
-                    drive(other, random.Random(at), replay=replay, overwrite=second == "overwrite")
+                    whole = drive(other, random.Random(at), replay=replay, overwrite=second == "overwrite").complete
+                    while not whole:  # this Ray lost rows in each of the last rounds: the same command goes on
+                        whole = drive(plan_of(format, folder, output, prompt=prompt), random.Random()).complete
             change(*args)
 
         plan.table.change = late  # type: ignore[union-attr, method-assign]
