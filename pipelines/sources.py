@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import accumulate
 from typing import Any
 from urllib.parse import unquote
 
@@ -152,11 +153,9 @@ def take_census(spec: SourceSpec, listing: Listing | None = None) -> Census:
 
 def _numbered(units: Iterable[Unit]) -> list[Unit]:
     """The units with their first numbers: rows are numbered through, from 0."""
-    numbered, number = [], 0
-    for unit in units:
-        numbered.append(replace(unit, first_number=number))
-        number += unit.num_rows
-    return numbered
+    units = list(units)
+    numbers = accumulate((unit.num_rows for unit in units), initial=0)  # one more than units: that of the end
+    return [replace(unit, first_number=number) for unit, number in zip(units, numbers, strict=False)]
 
 
 def list_source(spec: SourceSpec) -> Listing:
@@ -232,16 +231,14 @@ def _tag(info: dict[str, Any]) -> str:
 
 
 def _choose_format(spec: SourceSpec, files: list[str]) -> tuple[str, list[str]]:
+    if spec.format != "auto" and len(files) == 1:  # a single file is what the user says it is, whatever its name
+        return spec.format, files
     by_format: dict[str, list[str]] = {}
     for file in files:
         stem = next((file.removesuffix(end) for end in COMPRESSIONS if file.endswith(end)), file).lower()
         for format, suffixes in SUFFIXES.items():
-            if stem.endswith(suffixes):
+            if stem.endswith(suffixes) and spec.format in ("auto", format):
                 by_format.setdefault(format, []).append(file)
-    if spec.format != "auto":
-        if len(files) == 1:  # a single file is what the user says it is, whatever its name
-            return spec.format, files
-        by_format = {format: some for format, some in by_format.items() if format == spec.format}
     if len(by_format) == 1:
         return next(iter(by_format.items()))
     if by_format:
@@ -341,14 +338,12 @@ def _digest_ids(census: Census, column: str) -> KeyDigest:
 
     def keys() -> Iterator[list[str]]:
         for unit in census.units:
-            first_row = unit.first_row
             for table in read.read(unit):
                 if table[KEY].null_count:
-                    i = pc.index(pc.is_null(table[KEY]), True).as_py()
-                    reason = table[SOURCE_ERROR][i].as_py() or "null id"
-                    where = f"row {first_row + i} (from 0) of {unit.name!r}"
+                    bad = table.filter(pc.is_null(table[KEY]))
+                    row = unit.first_row + bad[NUMBER][0].as_py() - unit.first_number
+                    where, reason = f"row {row} (from 0) of {unit.name!r}", bad[SOURCE_ERROR][0].as_py() or "null id"
                     raise ConfigError(f"source.id_column = {column!r}: {where} has no id: {reason}")
-                first_row += table.num_rows
                 yield table[KEY].to_pylist()
 
     digest = KeyDigest()
@@ -379,27 +374,23 @@ class ReadUnits:
     def read(self, unit: Unit) -> Iterator[pa.Table]:
         """Yield the wanted rows of the unit as tables of row_key, row_number, source, source_error."""
         fs, _ = fsspec.core.url_to_fs(self.spec.uri)
-        row, end = unit.first_row, unit.first_row + unit.num_rows
-        wanted = unpack_rows(unit.wanted) if unit.wanted else None
+        at = 0  # rows of the unit that were read
+        wanted = unpack_rows(unit.wanted) - unit.first_number if unit.wanted else None
         parquet = self.format == "parquet"
         chunks = self._parquet(fs, unit) if parquet else read_chunks(fs, unit.file, self.format, CHUNK_ROWS)
         for columns, errors in chunks:
-            num_rows = min(len(errors), end - row)
-            first = unit.first_number + row - unit.first_row
-            row += num_rows
-            if wanted is not None:
-                kept = wanted[slice(*np.searchsorted(wanted, [first, first + num_rows]))] - first
-            if wanted is None or len(kept):
-                table = self._table(unit, row - num_rows, first, columns, errors)
-                yield table.slice(0, num_rows) if wanted is None else table.take(pa.array(kept))
-            if row == end:
+            end = min(at + len(errors), unit.num_rows)
+            kept = np.arange(at, end) if wanted is None else wanted[slice(*np.searchsorted(wanted, [at, end]))]
+            if len(kept):
+                yield self._table(unit, at, columns, errors).take(pa.array(kept - at))
+            at = end
+            if at == unit.num_rows:
                 return
-        raise OSError(f"{unit.file}: ends at row {row}, the census counted {end}: the file changed under the job")
+        ends = f"ends at row {unit.first_row + at}, the census counted {unit.first_row + unit.num_rows}"
+        raise OSError(f"{unit.file}: {ends}: the file changed under the job")
 
-    def _table(
-        self, unit: Unit, row: int, number: int, columns: Mapping[str, Any], errors: list[str | None]
-    ) -> pa.Table:
-        """A chunk that begins with row `row` of the file, whose row_number is `number`."""
+    def _table(self, unit: Unit, at: int, columns: Mapping[str, Any], errors: list[str | None]) -> pa.Table:
+        """A chunk that begins with row `at` of the unit."""
         arrays, num_rows = [], len(errors)
         hive = {key: [value] * num_rows for key, value in _hive_values(unit.name).items() if key not in columns}
         for name, kind in zip(self.schema.names, self.schema.types, strict=True):
@@ -409,10 +400,10 @@ class ReadUnits:
                 errors[i] = f"column {name!r}: its value does not fit the column's type, {kind}"
             arrays.append(array)
         source = pa.StructArray.from_arrays(arrays, fields=list(self.schema))
-        keys = pa.array(_row_keys(unit.name, row, num_rows), pa.string())
+        keys = pa.array(_row_keys(unit.name, unit.first_row + at, num_rows), pa.string())
         if self.spec.id_column is not None:
             keys = source.field(self.spec.id_column).cast(pa.string())
-        numbers = pa.array(np.arange(number, number + num_rows))
+        numbers = pa.array(np.arange(num_rows) + unit.first_number + at)
         return pa.table({KEY: keys, NUMBER: numbers, SOURCE: source, SOURCE_ERROR: pa.array(errors, pa.string())})
 
     def _parquet(self, fs: Any, unit: Unit) -> Iterator[Chunk]:
