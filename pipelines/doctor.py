@@ -5,10 +5,10 @@ import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, version
 
-import psutil
 import torch
 
 import rayinfer
+from rayinfer.host import free_memory, num_cores
 
 _NEEDED = ("torch", "transformers", "ray", "pyarrow", "fsspec", "pydantic")
 _WANTED = {"triton": "GPU kernels: pip install 'rayinfer[gpu]'", "gguf": ".gguf models: pip install 'rayinfer[gguf]'"}
@@ -26,9 +26,8 @@ def examine() -> tuple[list[tuple[str, str]], list[str]]:
         except PackageNotFoundError:
             facts.append((name, "not installed"))
             missing.append(f"{name}, for {_WANTED[name]}" if name in _WANTED else name)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    memory = psutil.virtual_memory()
-    facts += [("cores", str(cores)), ("memory", f"{_gib(memory.available)} GiB free of {_gib(memory.total)}")]
+    free, total = map(_gib, free_memory())
+    facts += [("cores", str(num_cores())), ("memory", f"{free} GiB free of {total}")]
     if os.path.isdir(_SHM):
         shm = shutil.disk_usage(_SHM)
         facts.append(("shared memory", f"{_gib(shm.free)} GiB free in {_SHM}"))
@@ -36,9 +35,8 @@ def examine() -> tuple[list[tuple[str, str]], list[str]]:
             missing.append(f"shared memory: Ray wants more than {_SHM_GIB:.0f} GiB in {_SHM}")
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
-            free, total = torch.cuda.mem_get_info(index)
-            name = torch.cuda.get_device_name(index)
-            facts.append((f"GPU {index}", f"{name}, {_gib(free)} GiB free of {_gib(total)}"))
+            free, total = map(_gib, torch.cuda.mem_get_info(index))
+            facts.append((f"GPU {index}", f"{torch.cuda.get_device_name(index)}, {free} GiB free of {total}"))
     else:
         facts.append(("GPU", f"none that torch {torch.__version__} can use; engines run on the CPU"))
     return facts, missing
