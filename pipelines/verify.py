@@ -39,11 +39,11 @@ def verify(uri: str, sink: SinkSpec | None = None) -> tuple[list[tuple[str, str]
     census = job["census"]
     log = CommitLog(store, job["id"], census["num_rows"])
     log.load()
-    check = _PartCheck(store, job["fingerprint"].get("source.id_column", KEY))
+    key_column = job["fingerprint"].get("source.id_column", KEY)
     parts = list(log.parts.values())
-    digest = KeyDigest()
-    duplicate = find_duplicate(lambda: (check.keys(part) for part in parts), digest)
-    wrong = check.wrong[:MAX_TOLD]
+    digest, bad = KeyDigest(), dict[str, str]()
+    duplicate = find_duplicate(lambda: (_part_keys(store, part, key_column, bad) for part in parts), digest)
+    wrong = [f"{name}: {problem}" for name, problem in bad.items()][:MAX_TOLD]
     errors = sum((Counter(part.errors) for part in parts), Counter())
     failed = errors.total()
     if log.num_missing:
@@ -58,12 +58,12 @@ def verify(uri: str, sink: SinkSpec | None = None) -> tuple[list[tuple[str, str]
         wrong.append(f"all rows are done, but {MARKER} is missing; run the job again, it ends at once")
     sink = sink or SinkSpec.model_validate({**job["job"]["sink"], "uri": uri})
     table = open_table(sink, store)
-    view = _check_table(table, log, check.key_column, wrong) if table else ""
+    view = _check_table(table, log, key_column, wrong) if table else ""
     facts = [
         ("rows", f"{census['num_rows']:,} in, {log.done.count - failed:,} ok + {failed:,} failed"),
         *(("", f"{name}: {count:,}") for name, count in errors.most_common()),
         ("keys", f"{digest.count:,} read, {'one or more' if duplicate is not None else 'none'} twice"),
-        ("parts", f"{len(parts) - check.num_bad:,} of {len(parts):,} as they were written (bytes, sha256, rows, keys)"),
+        ("parts", f"{len(parts) - len(bad):,} of {len(parts):,} as they were written (bytes, sha256, rows, keys)"),
         ("log", f"{log.length:,} entries, {log.num_replays} replays"),
         *([(sink.format, view)] if table else []),
     ]
@@ -89,43 +89,32 @@ def _check_table(table: Table, log: CommitLog, key_column: str, wrong: list[str]
     return f"{len(names):,} parts, {digest.count:,} keys"
 
 
-class _PartCheck:
-    """Reads parts and compares them with what the log says of them."""
+def _part_keys(store: Store, part: Part, key_column: str, bad: dict[str, str]) -> list[str]:
+    """A part's keys. What is wrong with it, compared with what the log says, is noted in `bad` under its name."""
+    keys, errors, problem = [], Counter[str](), ""
+    try:
+        data = store.read(part.name)
+        if hashlib.sha256(data).hexdigest() != part.sha256:
+            problem = f"its bytes were changed ({part.num_bytes:,} written, {len(data):,} there)"
+        for some, failed in _read(store, part.name, data, key_column):
+            keys += some
+            errors.update(failed)
+        digest = KeyDigest()
+        digest.add(keys)
+        if (digest.count, digest.hex(), dict(errors)) != (part.num_rows, part.keys, part.errors):
+            problem = problem or "its rows are not those that the log counts"
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        problem = f"it cannot be read: {type(error).__name__}"
+    if problem:
+        bad[part.name] = problem
+    return keys
 
-    def __init__(self, store: Store, key_column: str):
-        self._store, self.key_column = store, key_column
-        self._checked: set[str] = set()
-        self.wrong: list[str] = []
-        self.num_bad = 0
 
-    def keys(self, part: Part) -> list[str]:
-        """The part's keys. What is wrong with it is noted at the first call for it."""
-        keys, errors, problem = [], Counter[str](), ""
-        try:
-            data = self._store.read(part.name)
-            if hashlib.sha256(data).hexdigest() != part.sha256:
-                problem = f"its bytes were changed ({part.num_bytes:,} written, {len(data):,} there)"
-            for some, failed in self._read(part.name, data):
-                keys += some
-                errors.update(failed)
-            digest = KeyDigest()
-            digest.add(keys)
-            if (digest.count, digest.hex(), dict(errors)) != (part.num_rows, part.keys, part.errors):
-                problem = problem or "its rows are not those that the log counts"
-        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-            problem = f"it cannot be read: {type(error).__name__}"
-        if problem and part.name not in self._checked:
-            self.wrong.append(f"{part.name}: {problem}")
-            self.num_bad += 1
-        self._checked.add(part.name)
-        return keys
-
-    def _read(self, name: str, data: bytes) -> Iterator[tuple[list[str], list[str]]]:
-        """Keys and error types, some rows at a time."""
-        if name.endswith(".parquet"):
-            table = pq.read_table(io.BytesIO(data), columns=[self.key_column, "error_type"])
-            yield table[self.key_column].cast(pa.string()).to_pylist(), table["error_type"].drop_null().to_pylist()
-            return
-        path = f"{self._store.folder}/{name}"
-        for columns, _ in read_chunks(self._store.fs, path, name.rpartition(".")[2], CHUNK_ROWS):
-            yield [str(key) for key in columns[self.key_column]], [value for value in columns["error_type"] if value]
+def _read(store: Store, name: str, data: bytes, key_column: str) -> Iterator[tuple[list[str], list[str]]]:
+    """Keys and error types of a part, some rows at a time."""
+    if name.endswith(".parquet"):
+        table = pq.read_table(io.BytesIO(data), columns=[key_column, "error_type"])
+        yield table[key_column].cast(pa.string()).to_pylist(), table["error_type"].drop_null().to_pylist()
+        return
+    for columns, _ in read_chunks(store.fs, f"{store.folder}/{name}", name.rpartition(".")[2], CHUNK_ROWS):
+        yield [str(key) for key in columns[key_column]], [value for value in columns["error_type"] if value]
