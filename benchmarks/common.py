@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,24 @@ def prompt_ids(name: str, tokenizer: Any, rows: list[dict[str, Any]]) -> list[li
         texts = [tokenizer.apply_chat_template(messages(r), tokenize=False, add_generation_prompt=True) for r in rows]
         return tokenizer(texts, add_special_tokens=False)["input_ids"]
     return tokenizer([BASE_PROMPT.format(text=row["text"]) for row in rows])["input_ids"]
+
+
+def start_clock() -> Any:
+    """An actor in the place of a job's StatsBoard; `at` gives the time.time() when the first engine was loaded."""
+    import ray
+
+    @ray.remote(num_cpus=0)
+    class Loaded:
+        def __init__(self) -> None:
+            self._at = 0.0
+
+        def report(self, engine_id: str, stats: Any) -> None:
+            self._at = self._at or time.time() - 1.0  # engines report for the first time a second after they are loaded
+
+        def at(self) -> float:
+            return self._at
+
+    return Loaded.remote()
 
 
 def describe_machine() -> str:

@@ -31,6 +31,7 @@ from common import (
     load_rows,
     messages,
     prompt_ids,
+    start_clock,
     table,
     write_result,
 )
@@ -47,19 +48,6 @@ def run_ray(asked: argparse.Namespace) -> Timing:
 
     from rayinfer.processors import EngineProcessorConfig, build_processor
 
-    @ray.remote(num_cpus=0)
-    class Loaded:
-        """In the place of a StatsBoard: engines report for the first time a second after they are loaded."""
-
-        def __init__(self) -> None:
-            self._at = 0.0
-
-        def report(self, engine_id: str, stats: Any) -> None:
-            self._at = self._at or time.time() - 1.0
-
-        def at(self) -> float:
-            return self._at
-
     ray.init(address="local", include_dashboard=False, log_to_driver=False, num_cpus=max(os.cpu_count() or 1, 2))
     config = EngineProcessorConfig(
         model_source=str(gguf_path(MODEL)),
@@ -68,7 +56,7 @@ def run_ray(asked: argparse.Namespace) -> Timing:
     )
 
     def run(num: int, limit: int) -> Timing:
-        board: Any = Loaded.remote()
+        board = start_clock()
         processor = build_processor(
             config,
             preprocess=lambda row: dict(

@@ -41,13 +41,16 @@ DEFAULT_MAX_NUM_BATCHED_TOKENS = {"cuda": 16384, "cpu": 1024}
 class Engine:
     """One replica: a model, its KV cache and the loop over them.
 
+    Args:
+        weights: of the model, if they were read ahead (`start.start_engine`).
+
     Raises:
         ConfigError: the model or a limit in `config` cannot be used.
     """
 
-    def __init__(self, config: EngineConfig):
+    def __init__(self, config: EngineConfig, weights: Callable[[], dict[str, torch.Tensor]] = dict):
         self.config = config
-        self.model = load_model(config)
+        self.model = load_model(config, weights)
         self.device, self.info = self.model.device, self.model.info
         if self.device.type == "cpu":
             torch.set_num_threads(config.num_threads or num_cores())

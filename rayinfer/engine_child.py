@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
-import gc
 import os
 import signal
 import sys
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING
 from rayinfer.errors import RowError
 from rayinfer.request import EncodedRow, EngineStats, RequestOutput, failed_output
 from rayinfer.sampling import SamplingParams
+from rayinfer.start import start_engine
 
 if TYPE_CHECKING:
     from rayinfer.engine import Engine
@@ -47,12 +47,8 @@ def main(read_fd: int, write_fd: int, dump_fd: int, parent_pid: int) -> None:
 
 
 def _serve(inbox: _Inbox, outbox: Connection) -> None:
-    gc.disable()  # a quarter of the time of these imports, which leave nothing to collect
-    from rayinfer.engine import Engine
-
-    gc.enable()
     try:
-        engine = Engine(inbox.pipe.recv())
+        engine = start_engine(inbox.pipe.recv())
     except ValueError as error:  # ConfigError: the user's to change
         outbox.send(("refused", error))
         return

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
 from rayinfer.config import EngineConfig
-from rayinfer.engine import Engine
 from rayinfer.errors import ConfigError, ErrorType, RowError
-from rayinfer.inputs import InputProcessor
 from rayinfer.request import EncodedRow, RequestOutput, failed_output
 from rayinfer.sampling import SamplingParams
+from rayinfer.start import start_engine
+
+if TYPE_CHECKING:
+    from rayinfer.inputs import InputProcessor
 
 Prompt = str | Mapping[str, Any]
 
@@ -29,7 +31,7 @@ class LLM:
 
     def __init__(self, model: str, **kwargs: Any):
         self.config = EngineConfig.parse(model=str(model), **kwargs)
-        self.engine = Engine(self.config)
+        self.engine = start_engine(self.config)
         self.engine.scheduler.all_known = True
         self._num_calls = 0
 

@@ -25,6 +25,7 @@ FUSED = {
     "transformers.models.qwen3.modeling_qwen3.Qwen3Model": False,
     "transformers.models.gemma3.modeling_gemma3.Gemma3TextModel": True,
 }
+MLP_TOKENS = 4096  # computed at once: what is wide is short, and large products are no faster
 _ACT = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
@@ -115,7 +116,7 @@ class FusedLayer(nn.Module):
         """Take and return (what the last block gave, the stream it is still to be added to); None if it was added.
 
         With `outputs`, keys and values of all tokens are written, and the rest is done for the tokens it names alone.
-        The stream may be written to.
+        The stream is written to.
         """
         x_TC, stream_TC = self.pre_attention.add(x_TC, stream_TC)
         x_TC = self.attention(x_TC, cos_MR, sin_MR, outputs)
@@ -123,13 +124,23 @@ class FusedLayer(nn.Module):
             stream_TC = stream_TC[outputs.index_L]
         x_TC, stream_TC = _end_block(self.attention.out, x_TC, self.post_attention, stream_TC)
         x_TC, stream_TC = self.pre_mlp.add(x_TC, stream_TC)
-        return _end_block(self.mlp.down, self.mlp(x_TC), self.post_mlp, stream_TC)
+        num_pieces = max(1, -(-len(x_TC) // MLP_TOKENS))
+        ends = [
+            _end_block(self.mlp.down, self.mlp(x_TC), self.post_mlp, stream_TC)
+            for x_TC, stream_TC in zip(x_TC.chunk(num_pieces), stream_TC.chunk(num_pieces), strict=True)
+        ]
+        if num_pieces == 1:
+            return ends[0]
+        return None if self.post_mlp is None else torch.cat([x_TC for x_TC, _ in ends]), stream_TC
 
 
 def _end_block(
     product: Linear, x_TI: torch.Tensor, norm: Norm | None, stream_TC: torch.Tensor
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """What `FusedLayer.forward` returns, of a block whose last product and norm after it are given."""
+    """What `FusedLayer.forward` returns, of a block whose last product and norm after it are given.
+
+    Without a norm the stream is added to in place.
+    """
     return (None, product(x_TI, stream_TC)) if norm is None else (norm(product(x_TI)), stream_TC)
 
 
@@ -145,6 +156,8 @@ class FusedDecoder(nn.Module):
         for i in range(len(base.layers)):
             self.layers.append(FusedLayer(base.layers[i], gemma, kind))
             base.layers[i] = nn.Identity()
+            if self.norm.weight.is_cuda:
+                torch.cuda.empty_cache()  # else the next layer's weights take pieces of what this one left
         # Gemma 3 has one rotary embedding for each kind of layer, the others one in all.
         kinds = base.config.layer_types if isinstance(base.rotary_emb.rope_type, dict) else [""] * len(self.layers)
         tables = {kind: _rotary_tables(base, kind, num_positions) for kind in dict.fromkeys(kinds)}

@@ -14,7 +14,7 @@ class LinearMethod(Protocol):
     """How a `Linear` is computed: unquantized here; FP8, W4A16 and LoRA are other methods."""
 
     def apply(self, layer: Linear, x_TI: torch.Tensor, onto_TO: torch.Tensor | None = None) -> torch.Tensor:
-        """Return [T, O]; for x of [1, T, I] (the output layer's), [1, T, O]. Or add it to `onto`, which may change."""
+        """Return [T, O]; for x of [1, T, I] (the output layer's), [1, T, O]. Or add it to `onto`, in place."""
 
 
 class Unquantized:
@@ -25,7 +25,7 @@ class Unquantized:
             return F.linear(x_TI, layer.weight, layer.bias)
         if x_TI.is_cuda and layer.bias is None:  # the product reads and writes `onto` itself: two passes fewer
             return onto_TO.addmm_(x_TI, layer.weight.t())
-        return onto_TO + F.linear(x_TI, layer.weight, layer.bias)
+        return onto_TO.add_(F.linear(x_TI, layer.weight, layer.bias))
 
 
 class FixedOrder:

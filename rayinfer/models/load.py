@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -38,8 +39,11 @@ def inspect_model(config: EngineConfig) -> ModelInfo:
     return _inspect(config)[2]
 
 
-def load_model(config: EngineConfig) -> Model:
+def load_model(config: EngineConfig, weights: Callable[[], dict[str, torch.Tensor]] = dict) -> Model:
     """Load the model to its device, with paged attention, and fused if config.fuse and its structure is known.
+
+    Args:
+        weights: waits for tensors that were read ahead, and gives them away; none: read them here.
 
     Raises:
         ConfigError, UnsupportedModelError: as inspect_model, and for weights that do not fit the architecture.
@@ -53,7 +57,7 @@ def load_model(config: EngineConfig) -> Model:
     if config.load_format == "dummy":
         module = _dummy(config, hf_config, info.dtype, device)
     else:
-        module = _pretrained(config, source, hf_config, info.dtype, device)
+        module = _pretrained(config, source, hf_config, info.dtype, device, weights())
     module.eval().requires_grad_(False)
     state = discover(module)
     num_positions = config.max_model_len or info.max_position_embeddings
@@ -252,19 +256,24 @@ def _from_config(config: EngineConfig, hf_config: PreTrainedConfig, dtype: torch
 
 
 def _pretrained(
-    config: EngineConfig, source: Source, hf_config: PreTrainedConfig, dtype: torch.dtype, device: torch.device
-) -> nn.Module:
+    config: EngineConfig, source: Source, hf_config: PreTrainedConfig, dtype: torch.dtype, device: torch.device,
+    weights: dict[str, torch.Tensor],
+) -> nn.Module:  # fmt: skip
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)] if weights else AutoModelForCausalLM
+    place = {"state_dict": weights} if weights else source.hub_kwargs()
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source.path, config=hf_config, dtype=dtype, device_map=None if device.type == "cpu" else {"": device},
-            attn_implementation=ATTENTION, trust_remote_code=config.trust_remote_code,
+        loaded: Any = kind.from_pretrained(
+            None if weights else source.path, config=hf_config, dtype=dtype,
+            device_map=None if device.type == "cpu" else {"": device}, attn_implementation=ATTENTION,
+            trust_remote_code=config.trust_remote_code,
             use_safetensors=None if source.gguf_file else config.load_format != "pt", weights_only=True,
-            output_loading_info=True, **source.hub_kwargs(),
+            output_loading_info=True, **place,
         )  # fmt: skip
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, RuntimeError, UnpicklingError) as error:
         raise ConfigError(f"model = {config.model!r}: cannot be loaded: {error}") from error
+    weights.clear()  # or what is merged and freed below would live on there
     module, report = loaded
     if report["missing_keys"] or report["mismatched_keys"]:
         names = sorted(str(key) for key in (report["missing_keys"] or report["mismatched_keys"]))

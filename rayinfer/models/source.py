@@ -85,6 +85,14 @@ def _speed_up_gguf() -> None:
     gguf.get_tensor_name_map = functools.cache(gguf.get_tensor_name_map)
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a local model that transformers would read; none if there are none."""
+    index = folder / f"{_SAFE}.index.json"
+    if (folder / _SAFE).is_file() or not index.is_file():
+        return [folder / _SAFE][: (folder / _SAFE).is_file()]
+    return sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+
+
 def check_weights(source: Source, pickled: bool = False) -> None:
     """Check that every weight file is there and whole, without reading weights.
 

@@ -46,6 +46,7 @@ class DecodeGraphs:
         # Constants that every graph reads, so they live as long as the graphs.
         self._count = torch.arange(max_num_seqs + 1, dtype=torch.int32, device=runner.device)
         self._ones = torch.ones(max_num_seqs, dtype=torch.int32, device=runner.device)
+        self._logits: torch.Tensor | None = None  # of all graphs that end with them: each would keep its own
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()
 
@@ -91,7 +92,9 @@ class DecodeGraphs:
                 meta.group_start_G1, meta.group_len_G, meta.shared_len_B = starts_G1, lens_G, shared
             logits_BV = runner.model.forward(ids_T, meta, None)
             if kind.logits:
-                return logits_BV
+                if self._logits is None:
+                    self._logits = logits_BV.new_empty(len(self._ones), logits_BV.shape[1])
+                return self._logits[:size].copy_(logits_BV)
             return runner.sample(logits_BV, slots.long(), meta.seq_lens_R.long())
 
         self._stream.wait_stream(torch.cuda.current_stream())

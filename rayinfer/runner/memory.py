@@ -16,7 +16,6 @@ from rayinfer.runner.warmup import warm_up
 from rayinfer.scheduler import StepPlan
 
 GIB = 2**30
-GRAPH_BYTES = 1 * GIB  # CUDA graphs captured later, and what the allocator loses to fragmentation
 MAX_DEFAULT_CPU_GIB = 4.0
 
 
@@ -61,12 +60,15 @@ def _gpu_bytes(config: EngineConfig, runner: Runner, max_num_seqs: int, max_num_
     runner.allocate(2)
     gc.collect()
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(runner.device)
     before = torch.cuda.memory_allocated(runner.device)
+    peaks: dict[int, int] = {}
     captured, runner.graphs = runner.graphs, None  # a graph would keep the addresses of the trial's cache
     try:
         for greedy, num_tokens in product((True, False), (max_num_batched_tokens, max_num_seqs)):
+            torch.cuda.reset_peak_memory_stats(runner.device)
             runner.launch(_trial_plan(runner, max_num_seqs, num_tokens, greedy)).read()
+            peak = torch.cuda.max_memory_allocated(runner.device) - before
+            peaks[num_tokens] = max(peak, peaks.get(num_tokens, 0))
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -75,11 +77,11 @@ def _gpu_bytes(config: EngineConfig, runner: Runner, max_num_seqs: int, max_num_
             f"weights; lower it or max_num_seqs ({max_num_seqs}), take a smaller model, or a GPU with more memory"
         ) from error
     runner.graphs = captured
-    step = torch.cuda.max_memory_allocated(runner.device) - before
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(runner.device)
-    graphs = GRAPH_BYTES if runner.graphs is not None else 0
-    return int(total * config.gpu_memory_utilization) - (total - free) - int(step * 1.05) - graphs
+    # Graphs of decode steps share a pool of their own, which takes the largest one's memory and half as much again.
+    graphs = 2 * peaks[max_num_seqs] if runner.graphs is not None else 0
+    return int(total * config.gpu_memory_utilization) - (total - free) - int(max(peaks.values()) * 1.05) - graphs
 
 
 def _trial_plan(runner: Runner, max_num_seqs: int, num_tokens: int, greedy: bool) -> StepPlan:

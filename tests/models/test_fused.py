@@ -9,6 +9,7 @@ import torch
 
 from rayinfer.attention import StepMeta, get_backend
 from rayinfer.config import EngineConfig
+from rayinfer.models import fused
 from rayinfer.models.fused import FUSED, FusedAttention, FusedLayer, FusedMLP, fuse
 from rayinfer.models.linear import Linear
 from rayinfer.models.load import load_model
@@ -81,8 +82,10 @@ def test_mlp_block(pair):
 
 
 @torch.inference_mode()
-def test_decoder_layer(pair):
-    """With something that is still to be added to the stream, and without."""
+@pytest.mark.parametrize("at_once", [T, T - 1, 8, 1])
+def test_decoder_layer(pair, at_once, monkeypatch):
+    """With something that is still to be added to the stream, and without; the feed-forward block in pieces too."""
+    monkeypatch.setattr(fused, "MLP_TOKENS", at_once)
     for i, layer in enumerate(pair.decoder.layers):
         x, (cos, sin), mask = pair.inputs(i)
         expected = layer(x, position_embeddings=(cos, sin), attention_mask=mask)[0]

@@ -15,12 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from rayinfer import LLM, SamplingParams
 from rayinfer.config import EngineConfig
 from rayinfer.engine import Engine
 from rayinfer.errors import ConfigError, UnsupportedModelError
 from rayinfer.models import load
 from rayinfer.models.load import inspect_model, load_model
 from rayinfer.models.paged import ATTENTION, discover
+from rayinfer.models.source import weight_files
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -337,6 +339,44 @@ def test_sharded_model_loads(sharded, make_family, run_rows):
     whole = run_rows(load_model(EngineConfig(model=make_family("llama").folder, device="cpu")), rows, prompts, 3)
     parts = run_rows(load_model(EngineConfig(model=str(sharded), device="cpu")), rows, prompts, 3)
     torch.testing.assert_close(whole, parts, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family_name", ["llama_biased", "smollm", "gemma3_vision", "qwen3_moe", "gpt2", "opt"])
+def test_weights_that_were_read_ahead(make_family, family_name):
+    """Whatever transformers does to a checkpoint's names and shapes, it does to these too; and none is kept."""
+    config = EngineConfig(model=make_family(family_name).folder, device="cpu")
+    weights: dict[str, torch.Tensor] = {}
+    for path in weight_files(Path(config.model)):
+        weights |= load_file(path)
+    got, want = load_model(config, lambda: weights), load_model(config)
+    assert weights == {}
+    ours, theirs = dict(got.module.named_parameters()), dict(want.module.named_parameters())
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_files_that_are_read_ahead(sharded, folder, tmp_path):
+    assert weight_files(folder) == [folder / WEIGHTS]
+    assert weight_files(sharded) == sorted(sharded.glob("*.safetensors"))
+    assert weight_files(tmp_path) == weight_files(tmp_path / "none") == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="weights are read ahead for a GPU")
+def test_a_start_reads_weights_ahead(sharded, make_family, monkeypatch):
+    took: list[int] = []
+    monkeypatch.setattr(
+        load, "_pretrained", lambda *args, real=load._pretrained: took.append(len(args[-1])) or real(*args)
+    )
+    prompt, params = [{"prompt_token_ids": [3, 4, 5]}], SamplingParams(max_tokens=8, temperature=0, detokenize=False)
+    small = dict(skip_tokenizer_init=True, gpu_memory_utilization=0.1, max_num_batched_tokens=64, max_num_seqs=4)
+    tokens = LLM(str(sharded), **small).generate(prompt, params)[0].outputs[0].token_ids
+    damaged = next(iter(sorted(sharded.glob("*.safetensors"))))
+    damaged.write_bytes(damaged.read_bytes()[:-8])
+    with pytest.raises(ConfigError, match="its header says"):
+        LLM(str(sharded), **small)
+    assert took == [len(load_file(make_family("llama").folder + "/" + WEIGHTS))]
+    assert len(tokens) == 8
 
 
 @pytest.mark.parametrize("family_name", ["llama", "gemma3", "smollm"])
