@@ -3,7 +3,6 @@
 Types are fixed here, not inferred, so that blocks of good rows, of failed rows and of both have one schema.
 """
 
-import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -112,15 +111,6 @@ def _logprob(id: int, entry: Logprob) -> dict[str, Any]:
 def table_of(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> dict[str, pa.Array]:
     """Arrays of the schema's types; a row that lacks a key gets a null."""
     return {field.name: pa.array([row.get(field.name) for row in rows], field.type) for field in schema}
-
-
-def pack(value: Mapping[str, Any]) -> bytes:
-    return pickle.dumps(dict(value), protocol=5)
-
-
-def unpack(data: bytes | None) -> dict[str, Any]:
-    """Only of bytes that `pack` made in this run: a table read from outside has no ROW column by then."""
-    return pickle.loads(data) if data is not None else {}
 
 
 def raise_row(error: RowError, row: Mapping[str, Any], index: int) -> None:

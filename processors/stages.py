@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -90,18 +91,16 @@ class Prepare:
         """The input columns of a row; a prompt of whatever kind made by preprocess hides those of the table."""
         inputs = new if any(key in new for key in INPUTS) else row
         request = {key: inputs[key] for key in INPUTS if key in inputs}
-        own = new.get("sampling_params")
+        own = new.get("sampling_params", row.get("sampling_params"))
         own = own.model_dump(exclude_unset=True) if isinstance(own, SamplingParams) else own
-        if isinstance(own, Mapping):  # Python's own, so a None in it is meant: max_tokens=None has no limit
+        if "sampling_params" in new and isinstance(own, Mapping):  # Python's, so a None in it is meant: no max_tokens
             return {**request, "sampling_params": SamplingParams.from_row({**self._defaults, **own})}
-        if "sampling_params" not in new:
-            own = row.get("sampling_params")
         return with_defaults({**request, "sampling_params": own}, self._defaults)
 
 
 def _packed(row: Mapping[str, Any], new: Mapping[str, Any]) -> bytes:
     try:
-        return col.pack(new)
+        return pickle.dumps(dict(new), protocol=5)
     except Exception as error:
         raise failed(Stage.PREPROCESS, f"raised {describe(error, row)}") from None
 
@@ -117,8 +116,8 @@ def by_prefix(token_ids: pa.ChunkedArray) -> list[int]:
 def finish(table: pa.Table, postprocess: RowFunction | None, on_error: str, seconds: float = 600.0) -> pa.Table:
     """Unpack what preprocess added, call postprocess, and give good and failed rows the same columns."""
     added = None
-    if col.ROW in table.column_names:
-        added = [col.unpack(data) for data in table.column(col.ROW).to_pylist()]
+    if col.ROW in table.column_names:  # made by Prepare in this run: it drops one that was read from outside
+        added = [{} if data is None else pickle.loads(data) for data in table.column(col.ROW).to_pylist()]
     table = col.without(table, col.HIDDEN)
     outputs = [name for name in col.OUTPUT.names if name in table.column_names]
     if postprocess is None:

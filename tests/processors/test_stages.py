@@ -276,7 +276,7 @@ RARE = pa.table(
 def with_row(table, *changes):
     """The table, as it is when preprocess returned its rows, changed."""
     rows = [{**row, **change} for row, change in zip(table.to_pylist(), changes or ({}, {}), strict=True)]
-    return table.append_column(col.ROW, pa.array([col.pack(row) for row in rows], pa.binary()))
+    return table.append_column(col.ROW, pa.array([pickle.dumps(row) for row in rows], pa.binary()))
 
 
 def test_a_row_that_is_returned_keeps_its_types_and_values():
