@@ -74,7 +74,9 @@ def _call(function: RowFunction, row: Mapping[str, Any], stage: Stage) -> dict[s
     try:
         result = function(dict(row))
         if isinstance(result, Mapping):
-            return _named(result)
+            if any(not isinstance(name, str) or utf8(name) != name for name in result):
+                raise TypeError("it returned a key that names no column: want strings that can be written as UTF-8")
+            return dict(result)
         problem = f"returned {type(result).__name__}, want a dict"
     except RowError as error:  # the function says itself what is wrong with the row
         error.stage = error.stage or stage
@@ -87,14 +89,6 @@ def _call(function: RowFunction, row: Mapping[str, Any], stage: Stage) -> dict[s
 def failed(stage: Stage, problem: str) -> RowError:
     """The error of a row that a user's function could not take."""
     return RowError(ErrorType(f"{stage}_error".upper()), f"{stage} {problem}", stage)
-
-
-def _named(row: Mapping[Any, Any]) -> dict[str, Any]:
-    """A row that a user's function returned. Raises TypeError for keys that cannot name a column."""
-    for name in row:
-        if not isinstance(name, str) or utf8(name) != name:
-            raise TypeError("it returned a key that names no column: want strings that can be written as UTF-8")
-    return dict(row)
 
 
 def utf8(value: Any) -> str:
