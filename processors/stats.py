@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -17,9 +18,9 @@ class StatsBoard:
     """Make one with `StatsBoard.remote()` and hand it to `build_processor(..., stats_actor=board)`."""
 
     def __init__(self) -> None:
-        self._engines: dict[str, tuple[float, dict[str, float]]] = {}
+        self._engines: dict[str, tuple[float, dict[str, Any]]] = {}
 
-    def report(self, engine_id: str, stats: Mapping[str, float]) -> None:
+    def report(self, engine_id: str, stats: Mapping[str, Any]) -> None:
         """Keep an engine's newest EngineStats, as a dict."""
         self._engines[engine_id] = (time.monotonic(), dict(stats))
 
@@ -27,16 +28,13 @@ class StatsBoard:
         """Sums over the engines, `kv_usage` as their mean, and of `num_engines` that reported of late, `num_busy`."""
         now = time.monotonic()
         fresh = [stats for at, stats in self._engines.values() if now - at < _FRESH_S]
-        total: dict[str, float] = {"num_engines": len(fresh)}
+        total = Counter[str](num_engines=len(fresh))
         for _, stats in self._engines.values():
-            for name, value in stats.items():
-                if name not in _GAUGES and name != "kv_usage":
-                    total[name] = total.get(name, 0) + value
+            total.update(stats)
         for name in _GAUGES:
             total[name] = sum(stats[name] for stats in fresh)
         total["num_busy"] = sum(stats["num_running"] > 0 for stats in fresh)
-        total["kv_usage"] = sum(stats["kv_usage"] for stats in fresh) / max(1, len(fresh))
-        return total
+        return {**total, "kv_usage": sum(stats["kv_usage"] for stats in fresh) / max(1, len(fresh))}
 
 
 def report_every_second(board: Any, engine_id: str, stats: Callable[[], Any]) -> Callable[[], None]:
