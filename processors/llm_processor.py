@@ -101,24 +101,21 @@ class LLMProcessor:
         encoded = self._encode(table)
         table = col.without(table, col.ENCODED.names)
         failed = {index: row for index, row in enumerate(encoded) if isinstance(row, RowError)}
-        if failed and self._on_error == "raise":
-            index, error = next(iter(failed.items()))
-            col.raise_row(error, col.to_rows(table.slice(index, 1))[0][0], index)
         good = [(index, row) for index, row in enumerate(encoded) if not isinstance(row, RowError)]
         good.sort(
             key=lambda entry: (entry[1].params.max_tokens or 2**31, len(entry[1].prompt_token_ids)),
             reverse=self._done is not None,  # where no row waits for another, the long ones are not to be the last
         )
+        source = _Source(table, self._columns([row.params for _, row in good]), task_attempt())
+        errors = [self._block(source, failed)] if failed else []  # before the engine has the others: it may raise
         with self._turn:
             self._num_brought += len(good)
             last = self._num_brought
         done = self._done or queue.SimpleQueue()
-        source = _Source(table, self._columns([row.params for _, row in good]), task_attempt())
         self._engine.submit(
             [row for _, row in good], lambda place, output: done.put(_Done(source, place, good[place][0], output))
         )
-        if failed:
-            yield self._block(source, failed)
+        yield from errors
         if self._done:
             yield from self._as_they_end(last)
         else:
