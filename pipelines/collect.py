@@ -6,6 +6,7 @@ part with rows that are done is written again without them, and missing rows are
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import queue
 import threading
@@ -190,7 +191,5 @@ class _Pump:
 
     def _put(self, item: Block | BaseException | None) -> None:
         while not self._stop:
-            try:
+            with contextlib.suppress(queue.Full):
                 return self._queue.put(item, timeout=1)
-            except queue.Full:
-                continue
