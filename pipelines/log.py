@@ -103,18 +103,16 @@ class CommitLog:
 
     def start(self) -> None:
         """Make this driver the only one that can append."""
-        epoch = self.length
         self._append("start")
-        self.epoch = epoch
+        self.epoch = self.length - 1  # the number of that entry
 
     def check_last(self) -> None:
         """Raises OutputTakenError if another driver has appended an entry."""
         if self.store.size(self._name(self.length)) is not None:
             self._taken()
 
-    def commit(self, parts: Iterable[Part]) -> None:
+    def commit(self, parts: list[Part]) -> None:
         """Add parts with rows that are not done. Raises FileNotFoundError if the driver does not see them."""
-        parts = list(parts)
         for part in parts:
             if self.store.size(part.name) != part.num_bytes:
                 self.check_last()  # else it was garbage
@@ -137,15 +135,12 @@ class CommitLog:
 
     def garbage(self) -> list[str]:
         """Parts that no entry names, and that none can name any more."""
-        return [name for name in self.store.sizes() if name not in self.parts and self._is_old(name)]
+        others = filter(None, (_PART_NAME.match(name) for name in self.store.sizes() if name not in self.parts))
+        return [part.string for part in others if part[1] == self.job_id and int(part[2]) <= self.epoch]
 
     def strays(self) -> list[str]:
         """Parts that no entry names: of a driver that is at work, or garbage."""
         return [name for name in self.store.sizes() if name.startswith(PART_PREFIX) and name not in self.parts]
-
-    def _is_old(self, name: str) -> bool:
-        match = _PART_NAME.match(name)
-        return match is not None and match[1] == self.job_id and int(match[2]) <= self.epoch
 
     def _name(self, number: int) -> str:
         return f"{self.folder}/{number:08d}.json"
