@@ -33,7 +33,7 @@ class Progress:
         self._console, self._num_rows, self._num_before = console, num_rows, num_before
         self._poll: Callable[[], Stats | None] = lambda: None
         self._phase, self._phase_start, self._counters = "", time.monotonic(), True
-        self._num_written = num_before
+        self.num_written = num_before  # rows that are committed, those of earlier runs (`num_before`) among them
         self._stats: Stats = {}
         self._history: deque[tuple[float, ...]] = deque()  # time, rows, prompt tokens, generated tokens
         self._stop = threading.Event()
@@ -65,14 +65,10 @@ class Progress:
         else:
             self._console.print(Text(name))
 
-    def written(self, num_rows: int) -> None:
-        """Set how many rows are committed, those of earlier runs (`num_before`) among them."""
-        self._num_written = num_rows
-
     @property
     def num_done(self) -> int:
         ended = self._stats.get("num_finished", 0) + self._stats.get("num_failed", 0)
-        return min(max(self._num_before + ended, self._num_written), self._num_rows)
+        return min(max(self._num_before + ended, self.num_written), self._num_rows)
 
     def _run(self) -> None:
         next_plain = time.monotonic() + PLAIN_SECONDS

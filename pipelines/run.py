@@ -182,12 +182,12 @@ def _work(
         progress.phase("starting Ray")
         with _ray(*cluster), _board(times) as (board, poll):
             progress.phase("loading the model", poll)
-            dataset: ray.data.Dataset | None = _dataset(plan, board, log)  # refuses before anything is removed
+            checked = [_dataset(plan, board, log)]  # for the first round; refuses before anything is removed
             log = _take_over(plan, overwrite)
             times.enter("load")
             if replay:
                 _take_failed_out(plan, log)
-                dataset = None
+                checked.clear()
             result.begin(log)
             sink, table = plan.spec.sink, plan.table
             writes = RayWrites(PartWriter(plan.store, sink.file_format, plan.schema, log.part_prefix, log.num_replays))
@@ -195,14 +195,12 @@ def _work(
             def committed(written: Written) -> None:
                 times.enter("run")
                 result.samples = (result.samples + written[1])[:NUM_SAMPLES]
-                progress.written(log.done.count)
+                progress.num_written = log.done.count
                 if table:
                     table.follow(log)
 
             def blocks() -> Generator[Block, None, None]:
-                nonlocal dataset
-                lazy, dataset = dataset or _dataset(plan, board, log), None
-                return finished_blocks(lazy)
+                return finished_blocks(checked.pop() if checked else _dataset(plan, board, log))
 
             try:
                 collect_all(blocks, log, writes, sink, committed)

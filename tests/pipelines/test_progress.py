@@ -41,7 +41,7 @@ def show(console: Console, seconds: float = 0.5, growing: bool = True) -> Progre
     with Progress(console, 100) as progress:
         progress.phase("loading the model", poll)
         time.sleep(seconds)
-        progress.written(5)
+        progress.num_written = 5
     assert polls <= (time.monotonic() - start) / progress_module.POLL_SECONDS + 1  # it waits between two polls
     return progress
 
