@@ -16,6 +16,8 @@ from rayinfer.kernels.paged_tiles import FLOOR, attend_tiles, check_cache, merge
 
 # With fewer tiles each, a program's start and the merge cost more than the tiles.
 _MIN_TILES = 2
+# To find its share, a program looks at all rows; two kernels, for few and many, are enough for all but huge batches.
+_FEW_ROWS, _MANY_ROWS = 128, 1024
 
 
 @triton.jit
@@ -176,7 +178,7 @@ def paged_decode(
     shape = dict(NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_D=block_d)
     _decode_kernel[(num_programs,)](
         *tensors, *prefix, num_rows, *strides, k_NSKD.stride()[:3], v_NSKD.stride()[:3], scale, softcap or 0.0,
-        BLOCK_B=max(1024, triton.next_power_of_2(num_rows)),  # one kernel for all but huge batches
+        BLOCK_B=_FEW_ROWS if num_rows <= _FEW_ROWS else max(_MANY_ROWS, triton.next_power_of_2(num_rows)),
         BLOCK_M=block_m, BLOCK_N=block_n, PAGE=k_NSKD.shape[1], WINDOW=sliding_window or 0, SOFTCAP=bool(softcap),
         MIN_TILES=_MIN_TILES, **shape, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from itertools import product
 
 import numpy as np
 import torch
@@ -61,14 +60,13 @@ def _gpu_bytes(config: EngineConfig, runner: Runner, max_num_seqs: int, max_num_
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(runner.device)
-    peaks: dict[int, int] = {}
+    peaks = []
     captured, runner.graphs = runner.graphs, None  # a graph would keep the addresses of the trial's cache
     try:
-        for greedy, num_tokens in product((True, False), (max_num_batched_tokens, max_num_seqs)):
+        for greedy, num_tokens in ((True, max_num_batched_tokens), (False, max_num_seqs)):
             torch.cuda.reset_peak_memory_stats(runner.device)
             runner.launch(_trial_plan(runner, max_num_seqs, num_tokens, greedy)).read()
-            peak = torch.cuda.max_memory_allocated(runner.device) - before
-            peaks[num_tokens] = max(peak, peaks.get(num_tokens, 0))
+            peaks.append(torch.cuda.max_memory_allocated(runner.device) - before)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -80,8 +78,8 @@ def _gpu_bytes(config: EngineConfig, runner: Runner, max_num_seqs: int, max_num_
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(runner.device)
     # Graphs of decode steps share a pool of their own, which takes the largest one's memory and half as much again.
-    graphs = 2 * peaks[max_num_seqs] if runner.graphs is not None else 0
-    return int(total * config.gpu_memory_utilization) - (total - free) - int(max(peaks.values()) * 1.05) - graphs
+    graphs = int(peaks[1] * 1.5) if runner.graphs is not None else 0
+    return int(total * config.gpu_memory_utilization) - (total - free) - int(max(peaks) * 1.05) - graphs
 
 
 def _trial_plan(runner: Runner, max_num_seqs: int, num_tokens: int, greedy: bool) -> StepPlan:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from rayinfer.kernels import paged_decode as paged_decode_module
 from rayinfer.kernels.paged_decode import paged_decode
 from tests.kernels.paged import TOLERANCE, make_paged, reference
 
@@ -52,6 +53,13 @@ def test_matches_torch(heads, kv_heads, dim, block_size, dtype, device):
 def test_any_number_of_programs(num_programs, device):
     """The cut falls inside rows, between them, and leaves programs without work; padding rows give zeros."""
     _check([300, 0, 17, 260, 0], 4, 2, 64, 16, torch.float32, device, num_programs=num_programs)
+
+
+@pytest.mark.parametrize("few", [0, 4])
+def test_for_few_rows_and_for_many(few, device, monkeypatch):
+    """The kernel that looks for its share among up to 1,024 rows, and the one whose limit the rows just reach."""
+    monkeypatch.setattr(paged_decode_module, "_FEW_ROWS", few)
+    _check([30, 0, 17, 40], 4, 2, 64, 16, torch.float32, device)
 
 
 def test_long_row_is_merged_from_many_parts(device):

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rayinfer import LLM, SamplingParams
+from rayinfer import LLM, SamplingParams, start
 from rayinfer.config import EngineConfig
 from rayinfer.engine import Engine
 from rayinfer.errors import ConfigError, UnsupportedModelError
@@ -353,6 +353,21 @@ def test_weights_that_were_read_ahead(make_family, family_name):
     ours, theirs = dict(got.module.named_parameters()), dict(want.module.named_parameters())
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_reading_ahead_gives_what_safetensors_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(start, "PIECE", 100)
+    dtypes = itertools.cycle([torch.bfloat16, torch.float16, torch.float32])
+    files, want = [tmp_path / name for name in ("a.safetensors", "b.safetensors")], {}
+    for path, sizes in zip(files, ([(), (0, 4), (3, 7), (50,), (51, 2)], [(9, 5), (1,)]), strict=True):
+        tensors = {f"{path.stem}.{i}": torch.randn(size).to(next(dtypes)) for i, size in enumerate(sizes)}
+        save_file(tensors, path, metadata={"format": "pt"})
+        want |= tensors
+    parts = [start._read_part(files, torch.device("cpu"), part) for part in range(start.NUM_THREADS)]
+    got = {name: tensor for part in parts for name, tensor in part.items()}
+    assert sum(map(len, parts)) == len(got) == len(want)
+    for name, tensor in want.items():
+        torch.testing.assert_close(got[name], tensor, rtol=0, atol=0)
 
 
 def test_files_that_are_read_ahead(sharded, folder, tmp_path):
