@@ -18,7 +18,7 @@ from rayinfer.pipelines.tables import Table
 OWNER = "rayinfer"  # application of all commits: no table without one is written
 
 
-class DeltaSink(Table):
+class Sink(Table):
     """Add and remove actions for the parts."""
 
     def load(self) -> Any:
@@ -27,8 +27,9 @@ class DeltaSink(Table):
         except TableNotFoundError:
             return None
         if table.transaction_version(OWNER) is None:
-            uri = self.sink.uri
-            raise ConfigError(f"sink.uri = {uri!r}: holds a Delta table that no job made; name another folder")
+            raise ConfigError(
+                f"sink.uri = {self.sink.uri!r}: holds a Delta table that no job made; name another folder"
+            )
         return table
 
     def files(self, table: Any) -> Iterable[tuple[str, Any]]:
@@ -72,6 +73,3 @@ def data_files(spec: SourceSpec) -> tuple[list[str], dict[str, bool]]:
 
 def _properties(version: int, told: dict[str, str]) -> CommitProperties:
     return CommitProperties(told, max_commit_retries=0, app_transactions=[Transaction(OWNER, version)])
-
-
-TABLE = DeltaSink

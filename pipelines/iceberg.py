@@ -16,7 +16,7 @@ from rayinfer.pipelines.store import Store
 from rayinfer.pipelines.tables import Table
 
 
-class IcebergSink(Table):
+class Sink(Table):
     """Snapshots over the parts. Its commits are exact as its catalog's are, which compare and swap."""
 
     def __init__(self, sink: SinkSpec, store: Store):
@@ -88,6 +88,3 @@ def data_files(spec: SourceSpec) -> tuple[list[str], dict[str, bool]]:
 
 def _arrow(schema: Any) -> pa.Schema:
     return schema_to_pyarrow(schema, include_field_ids=False)
-
-
-TABLE = IcebergSink

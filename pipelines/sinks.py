@@ -27,6 +27,7 @@ from rayinfer.pipelines.keys import KeyDigest, pack_rows
 from rayinfer.pipelines.log import PART_PREFIX, Part
 from rayinfer.pipelines.sources import KEY, NUMBER, SOURCE, Census, Listing
 from rayinfer.pipelines.store import META, Store, claim, open_store
+from rayinfer.pipelines.tables import cannot_hold
 from rayinfer.processors.columns import ERROR_COLUMNS, OUTPUT, WHEN_ASKED, to_rows
 from rayinfer.processors.ray_compat import take_rows, to_arrow
 
@@ -79,7 +80,9 @@ class PartWriter:
         sha256 = hashlib.sha256(data).hexdigest()
         name = f"{self.prefix}{sha256[:24]}.{self.format}"
         self.store.put(name, data)
-        return Part(name, table.num_rows, len(data), sha256, digest.hex(), pack_rows(numbers), **_counts(table))
+        errors = Counter(table["error_type"].drop_null().to_pylist())
+        counts = {name: pc.sum(table[name]).as_py() or 0 for name in _TOKENS}
+        return Part(name, table.num_rows, len(data), sha256, digest.hex(), pack_rows(numbers), dict(errors), **counts)
 
 
 def output_schema(census: Census, spec: JobSpec, format: int = FORMAT) -> pa.Schema:
@@ -105,10 +108,7 @@ def output_schema(census: Census, spec: JobSpec, format: int = FORMAT) -> pa.Sch
     schema = pa.schema([*added, *(census.schema.field(name) for name in names), *results])
     for column in schema:
         if sink.file_format != "parquet" and not _fits_text(column.type, nested=sink.format == "jsonl"):
-            raise ConfigError(
-                f"sink.format = {sink.format!r} cannot hold column {column.name!r} of type {column.type}; "
-                "leave it out with sink.columns, or write parquet"
-            )
+            raise cannot_hold(sink, column)
     return schema
 
 
@@ -127,11 +127,6 @@ def flatten(batch: pa.Table, schema: pa.Schema) -> pa.Table:
         values = pc.struct_field(source, column.name) if own else batch[column.name]
         columns.append(values if values.type == column.type else values.cast(column.type))
     return pa.table(columns, schema=schema)
-
-
-def _counts(table: pa.Table) -> dict[str, Any]:
-    errors = Counter(value for value in table["error_type"].to_pylist() if value is not None)
-    return {"errors": dict(errors), **{name: pc.sum(table[name]).as_py() or 0 for name in _TOKENS}}
 
 
 def _samples(table: pa.Table) -> list[dict[str, Any]]:
@@ -185,8 +180,7 @@ def check_sink(sink: SinkSpec, *, overwrite: bool) -> Store:
     if not exclusive:
         raise ConfigError(f"{place}: the store does not keep put-if-absent, so rows could be doubled; use another one")
     ours = (MARKER, f"{META}/", {"delta": "_delta_log/", "iceberg": "metadata/"}.get(sink.format))
-    other = [name for name in names if not name.startswith(PART_PREFIX) and name not in ours]
-    if other:
+    if other := [name for name in names if not name.startswith(PART_PREFIX) and name not in ours]:
         raise ConfigError(f"{place}: holds {other[0]!r}, which no job wrote; name an empty folder")
     if not overwrite and set(names) - {f"{META}/"} and read_job(store) is None:
         raise ConfigError(f"{place}: holds {names[-1]!r}, but no {JOB}; give --overwrite, or name another folder")

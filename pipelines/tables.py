@@ -13,7 +13,7 @@ done or not done, and no part is in the table twice. Two rules make that safe:
 
 import contextlib
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -30,7 +30,7 @@ FOLLOW_SECONDS = 60.0  # a table is at most so far behind the log of a job at wo
 
 
 class Table(Protocol):
-    """A table over the parts in a sink's folder; subclasses speak to its library and raise what that raises."""
+    """A table over the parts in a sink's folder; each `Sink` speaks to its library, and raises what that raises."""
 
     sink: SinkSpec
     store: Store
@@ -72,10 +72,7 @@ class Table(Protocol):
             except Exception as error:  # each library has errors of its own
                 reason = str(error).partition("\n")[0]
             if reason:
-                raise ConfigError(
-                    f"sink.format = {self.sink.format!r} cannot hold column {column.name!r} of type {column.type} "
-                    f"({reason}); leave it out with sink.columns, or write parquet"
-                )
+                raise cannot_hold(self.sink, column, f" ({reason})")
         try:
             self.schema = self.held(schema)
             self.names(self.load())
@@ -134,13 +131,14 @@ class Table(Protocol):
         if add or remove or first:
             self.change(table, add, remove, {"rayinfer.job": log.job_id, "rayinfer.entries": str(log.length)})
 
-    def keys(self, column: str) -> Iterator[list[str]]:
-        """The keys that the table's own reader finds."""
-        for batch in self.batches(self.load(), column):
-            yield batch.column(0).cast(pa.string()).to_pylist()
-
     def say(self, error: Exception) -> str:
         return (self.sink.catalog or CatalogSpec()).say(error)
+
+
+def cannot_hold(sink: SinkSpec, column: pa.Field, reason: str = "") -> ConfigError:
+    """The error of a column that the sink's format has no type for."""
+    what = f"sink.format = {sink.format!r} cannot hold column {column.name!r} of type {column.type}{reason}"
+    return ConfigError(f"{what}; leave it out with sink.columns, or write parquet")
 
 
 def _holds(wide: pa.DataType, narrow: pa.DataType) -> bool:
@@ -162,4 +160,4 @@ def open_table(sink: SinkSpec, store: Store) -> Table | None:
     """
     if sink.format not in ("delta", "iceberg"):
         return None
-    return table_library("sink", sink.format).TABLE(sink, store)
+    return table_library("sink", sink.format).Sink(sink, store)

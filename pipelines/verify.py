@@ -57,16 +57,15 @@ def verify(uri: str, sink: SinkSpec | None = None) -> tuple[list[tuple[str, str]
     if not log.num_missing and MARKER not in store.sizes():
         wrong.append(f"all rows are done, but {MARKER} is missing; run the job again, it ends at once")
     sink = sink or SinkSpec.model_validate({**job["job"]["sink"], "uri": uri})
-    table = open_table(sink, store)
-    view = _check_table(table, log, key_column, wrong) if table else ""
     facts = [
         ("rows", f"{census['num_rows']:,} in, {log.done.count - failed:,} ok + {failed:,} failed"),
         *(("", f"{name}: {count:,}") for name, count in errors.most_common()),
         ("keys", f"{digest.count:,} read, {'one or more' if duplicate is not None else 'none'} twice"),
         ("parts", f"{len(parts) - len(bad):,} of {len(parts):,} as they were written (bytes, sha256, rows, keys)"),
         ("log", f"{log.length:,} entries, {log.num_replays} replays"),
-        *([(sink.format, view)] if table else []),
     ]
+    if table := open_table(sink, store):
+        facts.append((sink.format, _check_table(table, log, key_column, wrong)))
     return facts, wrong
 
 
@@ -74,9 +73,10 @@ def _check_table(table: Table, log: CommitLog, key_column: str, wrong: list[str]
     """What the table's own reader finds, in words; what is not the log's is noted."""
     digest = KeyDigest()
     try:
-        names = table.names(table.load()).keys()
-        for keys in table.keys(key_column) if names else ():
-            digest.add(keys)
+        version = table.load()
+        names = table.names(version).keys()
+        for batch in table.batches(version, key_column) if names else ():
+            digest.add(batch.column(0).cast(pa.string()).to_pylist())
     except Exception as error:
         wrong.append(f"the {table.sink.format} table cannot be checked: {table.say(error)}")
         return "not readable"
