@@ -18,6 +18,7 @@ import platform
 import re
 import uuid
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, NoReturn
@@ -30,6 +31,7 @@ from rayinfer.pipelines.store import META, Store, claim
 
 PART_PREFIX = "part-"
 LEASE = f"{META}/driver.json"
+NUM_READ_THREADS = 16
 _READ_AT_ONCE = 1000
 _PART_NAME = re.compile(rf"{PART_PREFIX}([0-9a-f]{{8}})-([0-9]{{6}})-")
 
@@ -76,14 +78,15 @@ class CommitLog:
     def load(self) -> None:
         """Read the entries that are there."""
         names = sorted(name for name in self.store.sizes(self.folder) if not name.endswith("/"))
-        for k in range(0, len(names), _READ_AT_ONCE):
-            some = [self._name(i) for i in range(k, min(k + _READ_AT_ONCE, len(names)))]
-            try:
-                for data in self.store.read_all(some):
-                    self._apply(json.loads(data))
-            except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
-                text = f"{self.folder}: an entry is missing or damaged ({error}); give --overwrite to start afresh"
-                raise ConfigError(text) from None
+        with ThreadPoolExecutor(NUM_READ_THREADS) as pool:
+            for k in range(0, len(names), _READ_AT_ONCE):
+                some = [self._name(i) for i in range(k, min(k + _READ_AT_ONCE, len(names)))]
+                try:
+                    for data in pool.map(self.store.read, some):
+                        self._apply(json.loads(data))
+                except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+                    text = f"{self.folder}: an entry is missing or damaged ({error}); give --overwrite to start afresh"
+                    raise ConfigError(text) from None
 
     @property
     def num_missing(self) -> int:

@@ -10,7 +10,6 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import fsspec
@@ -19,7 +18,6 @@ from rayinfer.errors import ConfigError
 
 META = "_rayinfer"  # what is not the table: readers leave out folders that begin with an underscore
 RETRY_SECONDS = (0.0, 0.5, 2.0, 5.0)
-NUM_READ_THREADS = 16
 _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "memory"}
 _MEMORY_LOCK = threading.Lock()  # fsspec's memory looks for a name and then writes it: two steps
 
@@ -36,20 +34,19 @@ class Store:
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
         """Write a file; False, and nothing changed, if there is one of that name."""
-        with _MEMORY_LOCK if "memory" in _protocols(self.fs) else contextlib.nullcontext():
-            try:
-                self.fs.pipe_file(f"{self.folder}/{name}", data, mode="create")
-            except FileExistsError:
-                return False
+        try:
+            self._create(name, data)
+        except FileExistsError:
+            return False
         return True
+
+    def _create(self, name: str, data: bytes) -> None:
+        with _MEMORY_LOCK if "memory" in _protocols(self.fs) else contextlib.nullcontext():
+            self.fs.pipe_file(f"{self.folder}/{name}", data, mode="create")
 
     def read(self, name: str) -> bytes:
         """Raises FileNotFoundError."""
         return self.fs.cat_file(f"{self.folder}/{name}")
-
-    def read_all(self, names: list[str]) -> list[bytes]:
-        with ThreadPoolExecutor(NUM_READ_THREADS) as pool:
-            return list(pool.map(self.read, names))
 
     def size(self, name: str) -> int | None:
         """Bytes of a file; None if there is none."""
@@ -87,12 +84,8 @@ class LocalStore(Store):
     def put(self, name: str, data: bytes) -> None:
         self._place(name, data, os.replace)
 
-    def put_if_absent(self, name: str, data: bytes) -> bool:
-        try:
-            self._place(name, data, os.link)
-        except FileExistsError:
-            return False
-        return True
+    def _create(self, name: str, data: bytes) -> None:
+        self._place(name, data, os.link)
 
     def _place(self, name: str, data: bytes, move: Any) -> None:
         """Write aside, bring it to the disk, move it to its name, and bring the name to the disk."""
