@@ -30,11 +30,9 @@ class KeyDigest:
     def add(self, keys: Iterable[str]) -> np.ndarray:
         """Add keys and return the low 64 bits of their hashes (uint64, one a key)."""
         hashes = b"".join(hashlib.blake2b(key.encode(), digest_size=16).digest() for key in keys)
-        words = np.frombuffer(hashes, dtype="<u4").reshape(-1, 4)
-        for i in range(4):  # words of 32 bits: their sum in uint64 is exact below 2^32 keys a call
-            self.total += int(words[:, i].sum(dtype=np.uint64)) << (32 * i)
-        self.total %= _MODULUS
-        self.count += len(words)
+        words = np.frombuffer(hashes, dtype="<u4").reshape(-1, 4)  # their sum in uint64 is exact below 2^32 keys a call
+        sums = words.sum(axis=0, dtype=np.uint64).tolist()
+        self.merge(KeyDigest(len(words), sum(word << (32 * i) for i, word in enumerate(sums))))
         return np.frombuffer(hashes, dtype="<u8")[::2]
 
     def merge(self, other: KeyDigest) -> None:
