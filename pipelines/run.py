@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -36,7 +36,7 @@ from rayinfer.pipelines.sources import KEY, SOURCE, SOURCE_ERROR, Census, list_s
 from rayinfer.pipelines.store import META, Store
 from rayinfer.pipelines.tables import Table, open_table
 from rayinfer.pipelines.template import PromptTemplate
-from rayinfer.processors import EngineProcessorConfig, StatsBoard, build_processor
+from rayinfer.processors import EngineProcessorConfig, Processor, StatsBoard
 from rayinfer.processors.ray_compat import finished_blocks
 
 
@@ -143,7 +143,7 @@ def run_job(
     if plan.marker is not None and not (replay and plan.marker["num_failed"]):
         times.enter("end")
         return JobResult.of_marker(plan.marker, times.seconds)
-    result = JobResult(output=bare_uri(spec.sink.uri), num_rows_in=plan.census.num_rows)
+    result = JobResult(output=bare_uri(spec.sink.uri), num_rows_in=plan.census.num_rows, seconds=times.seconds)
     result.key_column = plan.census.spec.id_column or KEY
     if plan.log is not None:
         plan.log.load()
@@ -165,7 +165,6 @@ def run_job(
         result.reason = str(error) if isinstance(error, OutputTakenError) else _cause(error)
     gc.collect()  # the frames of a run that failed hold handles of its engines, which would keep their GPUs
     times.enter("end")
-    result.seconds = times.seconds
     return result
 
 
@@ -242,7 +241,6 @@ def _take_failed_out(plan: Plan, log: CommitLog) -> None:
 def _finish(plan: Plan, log: CommitLog, result: JobResult, times: _Times) -> None:
     """Check the equation; if it holds, say so in the log and write the marker."""
     times.enter("end")
-    result.seconds = times.seconds
     result.count(log)
     result.reason = check_equation(plan.census, log, plan.spec.sink.uri)
     if result.reason:
@@ -251,11 +249,17 @@ def _finish(plan: Plan, log: CommitLog, result: JobResult, times: _Times) -> Non
         plan.table.sync(log)
     log.end()
     plan.store.remove(log.garbage())
-    job = read_job(plan.store)
-    if job is None or job["id"] != log.job_id:
+    if (read_job(plan.store) or {}).get("id") != log.job_id:
         raise OutputTakenError("another driver has replaced this job with --overwrite")
     result.status = "complete"
-    plan.store.put(MARKER, _marker(log, result))
+    marker = {  # figures and parts; no row of the table is in it
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "log": [log.job_id, log.length],
+        **{key: value for key, value in result.as_dict().items() if key not in ("samples", "reason")},
+        "versions": {"rayinfer": rayinfer.__version__, "ray": ray.__version__, "python": platform.python_version()},
+        "parts": [{"name": name, "num_bytes": part.num_bytes} for name, part in sorted(log.parts.items())],
+    }
+    plan.store.put(MARKER, json.dumps(marker, indent=1).encode())
 
 
 def check_equation(census: Census, log: CommitLog, uri: str) -> str:
@@ -364,22 +368,10 @@ def _dataset(plan: Plan, board: Any, log: CommitLog | None) -> ray.data.Dataset:
         model_source=spec.model.model, engine_kwargs=spec.model.model_dump(exclude_unset=True, exclude={"model"}),
         sampling_params=spec.sampling, on_error=spec.on_error, **spec.processor.model_dump(exclude_none=True),
     )  # fmt: skip
-    processor = build_processor(config, preprocess=RenderPrompt(spec.template()), stats_actor=board)
-    processor = replace(processor, any_rows=True)  # rows that Ray doubles or loses for it are found by number
+    # any_rows: the rows that Ray doubles or loses for it are found by number.
+    processor = Processor(config, RenderPrompt(spec.template()), stats_actor=board, any_rows=True)
     units = plan.census.units_left(log.done) if log and log.num_missing else plan.census.units
     return processor(plan.census.dataset(units))
-
-
-def _marker(log: CommitLog, result: JobResult) -> bytes:
-    """The success marker: figures and parts. No row of the table is in it."""
-    marker = {
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "log": [log.job_id, log.length],
-        **{key: value for key, value in result.as_dict().items() if key not in ("samples", "reason")},
-        "versions": {"rayinfer": rayinfer.__version__, "ray": ray.__version__, "python": platform.python_version()},
-        "parts": [{"name": name, "num_bytes": part.num_bytes} for name, part in sorted(log.parts.items())],
-    }
-    return json.dumps(marker, indent=1).encode()
 
 
 def _intro(plan: Plan) -> str:
