@@ -98,8 +98,8 @@ class _Round:
         with _Pump(blocks) as pump:
             try:
                 while not pump.ended or self.group or self.running:
-                    if not pump.ended and len(self.running) < MAX_WRITES:
-                        self._gather(pump.get(_POLL_SECONDS))
+                    if not pump.ended and len(self.running) < MAX_WRITES and (block := pump.get(_POLL_SECONDS)):
+                        self._gather(*block)
                     if pump.ended or self._is_due():
                         self._flush()
                     self._settle(_POLL_SECONDS if pump.ended or len(self.running) >= MAX_WRITES else 0.0)
@@ -112,11 +112,10 @@ class _Round:
         if stop is not None:
             raise stop
 
-    def _gather(self, block: Block | None) -> None:
-        if block is not None:
-            self.oldest = self.oldest if self.group else time.monotonic()
-            self.group.append(block[0])
-            self.num_rows, self.num_bytes = self.num_rows + block[1], self.num_bytes + block[2]
+    def _gather(self, reference: Any, num_rows: int, num_bytes: int) -> None:
+        self.oldest = self.oldest if self.group else time.monotonic()
+        self.group.append(reference)
+        self.num_rows, self.num_bytes = self.num_rows + num_rows, self.num_bytes + num_bytes
 
     def _is_due(self) -> bool:
         waited = time.monotonic() - self.oldest

@@ -40,11 +40,10 @@ def fingerprint(spec: JobSpec, listing: Listing) -> dict[str, Any]:
         "prompt": spec.prompt,
         "messages": [message.model_dump() for message in spec.messages or ()],
         "model": engine | {"files": _model_files(spec.model.model)},
+        "tokenizer": {"files": _model_files(spec.model.tokenizer)} if spec.model.tokenizer is not None else None,
         "sampling": spec.sampling.model_dump(exclude_defaults=True),
         "sink": spec.sink.model_dump(exclude_defaults=True, include={"format", "table", "columns"}),
     }
-    if spec.model.tokenizer is not None:
-        tree["tokenizer"] = {"files": _model_files(spec.model.tokenizer)}
     return dict(_flat("", tree))
 
 
@@ -114,8 +113,7 @@ def need_job(store: Store, uri: str) -> dict[str, Any]:
 
 def check_same(job: dict[str, Any], new: dict[str, Any], uri: str) -> None:
     """Raise ConfigError, naming what differs, unless `new` is the fingerprint of the job that is there."""
-    lines = differences(job["fingerprint"], new)
-    if lines:
+    if lines := differences(job["fingerprint"], new):
         head = f"sink.uri = {bare_uri(uri)!r} holds another job; what was there -> what is asked for:"
         end = "give --overwrite to replace that table, or name another folder"
         raise ConfigError("\n  ".join([head, *lines]) + f"\n{end}")
@@ -134,8 +132,7 @@ def claim_job(store: Store, spec: JobSpec, fingerprint: dict[str, Any], census: 
     }  # fmt: skip
     if claim(store, JOB, json.dumps(job).encode()):
         return job
-    there = read_job(store)
-    if there is None:
+    if (there := read_job(store)) is None:
         raise RuntimeError(f"{JOB} was made and removed by another driver; run the same command again")
     check_same(there, fingerprint, spec.sink.uri)
     return there

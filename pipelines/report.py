@@ -103,8 +103,8 @@ def print_report(console: Console, result: JobResult) -> None:
         facts.append(("speed", f"{rows:,.1f} rows/s, {tokens_in:,.0f} tokens/s in, {tokens_out:,.0f} out"))
     stages = ", ".join(f"{_STAGES[key]} {seconds:.1f}s" for key, seconds in result.seconds.items())
     facts.append(("time", f"{clock(sum(result.seconds.values()))}: {stages}"))
-    num_bytes = result.num_bytes
-    size = f"{num_bytes / 2**20:,.1f} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:.0f} KiB"
+    kib = result.num_bytes / 2**10
+    size = f"{kib / 2**10:,.1f} MiB" if kib >= 2**10 else f"{kib:.0f} KiB"
     facts.append(("table", f"{result.output} ({result.num_parts:,} part{'s' * (result.num_parts != 1)}, {size})"))
     console.print(facts_grid(facts))
     if result.complete:

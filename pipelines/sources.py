@@ -123,9 +123,8 @@ class Census:
     def unpack(cls, spec: SourceSpec, packed: dict[str, Any]) -> Census:
         schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(packed["schema"])))
         digest = KeyDigest.of(packed["num_rows"], packed["keys"])
-        counts = packed["num_files"], packed["num_skipped_files"]
         units = _numbered(Unit(*fields) for fields in packed["units"])
-        return cls(spec, packed["format"], schema, units, *counts, digest)
+        return cls(spec, packed["format"], schema, units, packed["num_files"], packed["num_skipped_files"], digest)
 
 
 def take_census(spec: SourceSpec, listing: Listing | None = None) -> Census:
@@ -347,8 +346,7 @@ def _digest_ids(census: Census, column: str) -> KeyDigest:
                 yield table[KEY].to_pylist()
 
     digest = KeyDigest()
-    duplicate = find_duplicate(keys, digest)
-    if duplicate is not None:
+    if (duplicate := find_duplicate(keys, digest)) is not None:
         text = f"id {duplicate!r} is there more than once; leave id_column out to have a row_key made for every row"
         raise ConfigError(f"source.id_column = {column!r}: {text}")
     return digest
