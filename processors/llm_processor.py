@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import queue
 import threading
 import time
@@ -88,9 +87,7 @@ class LLMProcessor:
         self._done: queue.SimpleQueue[_Done] | None = queue.SimpleQueue() if any_rows else None
         self._turn, self._gathering = threading.Condition(), False  # for any_rows: the call that makes a block
         self._num_brought = self._num_given = 0  # rows of all calls
-        self._end_reports = None
-        if stats_actor is not None:
-            self._end_reports = report_every_second(stats_actor, self._engine.id, self._engine.stats)
+        self._end_reports = stats_actor and report_every_second(stats_actor, self._engine.id, self._engine.stats)
 
     def __call__(self, batch: DataBatch) -> Iterator[pa.Table]:
         """Yield the batch's rows with the output columns, in tables of a few rows, not in the batch's order."""
@@ -117,7 +114,7 @@ class LLMProcessor:
         )
         yield from errors
         if self._done:
-            yield from self._as_they_end(last)
+            yield from self._as_they_end(done, last)
         else:
             yield from self._in_order(done, len(good), max(MIN_ROWS_PER_BLOCK, -(-table.num_rows // 4)))
 
@@ -133,7 +130,7 @@ class LLMProcessor:
             entries = [waiting.pop(place) for place in places]
             yield self._block(entries[0].source, {entry.index: entry.output for entry in entries})
 
-    def _as_they_end(self, last: int) -> Iterator[pa.Table]:
+    def _as_they_end(self, done: queue.SimpleQueue[_Done], last: int) -> Iterator[pa.Table]:
         """Rows of whatever call, until as many were handed on as all calls up to this one brought, `last`.
 
         One call at a time gathers them, for a second or a quarter of what is under way: all at once would make blocks
@@ -148,7 +145,7 @@ class LLMProcessor:
             entries: list[_Done] = []
             leaving = self._drain.leaving
             try:
-                entries = self._gather(0.0 if leaving else BLOCK_SECONDS)
+                entries = self._gather(done, 0.0 if leaving else BLOCK_SECONDS)
             finally:
                 with self._turn:
                     self._gathering = False
@@ -156,22 +153,21 @@ class LLMProcessor:
                     self._turn.notify_all()
             if entries:
                 by_source: dict[_Source, dict[int, RequestOutput]] = {}
-                for done in entries:
-                    by_source.setdefault(done.source, {})[done.index] = done.output
+                for entry in entries:
+                    by_source.setdefault(entry.source, {})[entry.index] = entry.output
                 blocks = [self._block(source, results) for source, results in by_source.items()]
                 alike = all(block.schema.equals(blocks[0].schema) for block in blocks)
                 yield from [pa.concat_tables(blocks)] if alike else blocks
             elif leaving:
                 return  # the rows that are left are found by number
 
-    def _gather(self, seconds: float) -> list[_Done]:
-        assert self._done is not None
+    def _gather(self, done: queue.SimpleQueue[_Done], seconds: float) -> list[_Done]:
         begin, num_left = time.monotonic(), self._num_brought - self._num_given
         entries: list[_Done] = []
         while len(entries) < num_left:
             few = len(entries) < max(MIN_ROWS_PER_BLOCK, num_left // 4)
             until = begin + (seconds if few else min(seconds, MIN_BLOCK_SECONDS))
-            entry = self._next(self._done, max(0.0, until - time.monotonic()))
+            entry = self._next(done, max(0.0, until - time.monotonic()))
             if entry is None:
                 break
             entries.append(entry)
@@ -268,6 +264,4 @@ def with_defaults(row: Mapping[str, Any], defaults: Mapping[str, Any]) -> Mappin
     return row
 
 
-@functools.lru_cache(maxsize=1024)
-def _params_of(data: str) -> SamplingParams:
-    return SamplingParams.model_validate(json.loads(data))
+_params_of = functools.lru_cache(maxsize=1024)(SamplingParams.model_validate_json)  # most rows have the same ones

@@ -115,15 +115,14 @@ def by_prefix(token_ids: pa.ChunkedArray) -> list[int]:
 
 def finish(table: pa.Table, postprocess: RowFunction | None, on_error: str, seconds: float = 600.0) -> pa.Table:
     """Unpack what preprocess added, call postprocess, and give good and failed rows the same columns."""
-    added = None
-    if col.ROW in table.column_names:  # made by Prepare in this run: it drops one that was read from outside
-        added = [{} if data is None else pickle.loads(data) for data in table.column(col.ROW).to_pylist()]
+    packed = table[col.ROW].to_pylist() if col.ROW in table.column_names else []
+    added = [{} if data is None else pickle.loads(data) for data in packed]  # Prepare's: it drops what has this name
     table = col.without(table, col.HIDDEN)
     outputs = [name for name in col.OUTPUT.names if name in table.column_names]
     if postprocess is None:
-        return _with_added(table, added or [], outputs)
+        return _with_added(table, added, outputs)
     rows, _ = col.to_rows(table)
-    for row, new in zip(rows, added or [], strict=added is not None):
+    for row, new in zip(rows, added, strict=bool(added)):
         row.update({key: value for key, value in new.items() if key not in outputs})
     results: list[Mapping[str, Any] | None] = []
     errors: list[RowError | None] = []
@@ -137,7 +136,7 @@ def finish(table: pa.Table, postprocess: RowFunction | None, on_error: str, seco
             row.update(col.error_values(error, Stage.ENCODE))
         results.append(None if isinstance(result, RowError) else result)
         errors.append(error)
-    replaced = {name for new in added or [] for name in new if name not in outputs}
+    replaced = {name for new in added for name in new if name not in outputs}
     sample: Any = {}
     if all(error is not None for error in errors):
         (sample,) = call_all(postprocess, [_good(rows[0])], Stage.POSTPROCESS, seconds)
@@ -209,12 +208,10 @@ def _input_array(name: str, values: Sequence[Any]) -> pa.Array:
 
     Sampling parameters become JSON, and what is malformed (its row has an error) becomes null.
     """
-    fitted = []
-    for value in values:
-        try:
-            fitted.append(None if value is None else _fit(name, value))
-        except Exception:  # a user's object raises what it likes
-            fitted.append(None)
+    fitted: list[Any] = [None] * len(values)
+    for i, value in enumerate(values):
+        with contextlib.suppress(Exception):  # a user's object raises what it likes
+            fitted[i] = None if value is None else _fit(name, value)
     return pa.array(fitted, _INPUT_TYPES[name])
 
 

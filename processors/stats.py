@@ -26,8 +26,7 @@ class StatsBoard:
 
     def snapshot(self) -> dict[str, float]:
         """Sums over the engines, `kv_usage` as their mean, and of `num_engines` that reported of late, `num_busy`."""
-        now = time.monotonic()
-        fresh = [stats for at, stats in self._engines.values() if now - at < _FRESH_S]
+        fresh = [stats for at, stats in self._engines.values() if time.monotonic() - at < _FRESH_S]
         total = Counter[str](num_engines=len(fresh))
         for _, stats in self._engines.values():
             total.update(stats)
@@ -42,11 +41,10 @@ def report_every_second(board: Any, engine_id: str, stats: Callable[[], Any]) ->
     ended = threading.Event()
 
     def run() -> None:
-        while True:
+        last = False
+        while not last:
             last = ended.wait(1.0)
             board.report.remote(engine_id, asdict(stats()))
-            if last:
-                return
 
     thread = threading.Thread(target=run, name="rayinfer-stats", daemon=True)
     thread.start()
