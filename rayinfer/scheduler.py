@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 import numpy as np
 
@@ -93,6 +94,7 @@ class Scheduler:
         self.num_preemptions = 0
         self.all_known = False  # the rows that wait are all that there are, the longest first
         self._steps_to_pace, self._pace, self._credit, self._longest = 0, 0.0, 0.0, 0
+        self._kv_pace: float | None = None  # prompt tokens of a step, see `_pace_for_kv`; 0: rows need not be held back
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._new_blocks: list[tuple[int, int, int]] = []
         self.admitted: list[Request] = []  # rows that got a slot in the newest step
@@ -108,7 +110,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         self.waiting.append(request)
-        self._steps_to_pace = 0
+        self._steps_to_pace, self._kv_pace = 0, None
 
     def finish(self, request: Request, forget: bool = False) -> None:
         """Take a finished row out and free what it holds; `forget` its KV if it is not to be trusted."""
@@ -216,7 +218,9 @@ class Scheduler:
                 break
             if request.num_pending:
                 break  # preempted with a token still on the device: it must be read first
-            if room <= 0 and _num_left(request) < self._longest:
+            if room <= 0 and (self._kv_pace or _num_left(request) < self._longest):
+                break
+            if self._kv_pace and self.running and not self._lasts_with(request):
                 break
             # The last token is always computed: its logits are what is wanted.
             reuse = request.params.prompt_logprobs is None or bool(request.output_token_ids)
@@ -254,8 +258,13 @@ class Scheduler:
         """Prompt tokens that may come into this step for all rows to end together with the longest, if none else come.
 
         Let in as fast as they fit, rows would first be only prompts, then only decodes, of which few are left at the
-        end. Rows that could end after the longest running one come in without room.
+        end. Rows that could end after the longest running one come in without room, unless the KV cache sets the pace.
         """
+        if self._kv_pace is None and self.waiting:
+            self._kv_pace = self._pace_for_kv()
+        if self._kv_pace and self.running:
+            self._credit = min(self._credit + self._kv_pace, self.max_num_batched_tokens)
+            return self._credit
         self._steps_to_pace -= 1
         self._longest -= 1
         if self._steps_to_pace <= 0:
@@ -269,6 +278,37 @@ class Scheduler:
             return float("inf")
         self._credit = min(self._credit + self._pace - num_scheduled, self.max_num_batched_tokens)
         return self._credit
+
+    def _pace_for_kv(self) -> float:
+        """Prompt tokens that may come in a step for the KV cache to hold rows to their ends; 0 if it will hold all.
+
+        Rows of like length that come in as fast as they fit grow together, until many are preempted and computed anew.
+        N rows of I tokens that yield L more each and come in evenly over W steps hold N (I + L - W / 2) tokens when the
+        first ends; if W would be longer than L, as many run at a time as hold I + L / 2 on average. Only sure lengths
+        count (`ignore_eos`).
+        """
+        rows = [*self.running, *self.waiting]
+        prompts, block, num, shared = [row.prompt_token_ids for row in rows], self.pool.block_size, len(rows), 0
+        if self.pool.enable_prefix_caching:
+            both = zip(min(prompts), max(prompts), strict=False)
+            shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], both)) // block * block
+            if len({tuple(prompt[shared : shared + block]) for prompt in prompts}) < 0.9 * num:
+                return 0.0  # some share more than all do: what they need is not known
+        now = sum(row.num_tokens for row in rows) / num - shared
+        left = sum(map(_num_sure, rows)) / num
+        capacity = 0.97 * (self.pool.num_blocks * block - shared)
+        if left == 0 or num * (now + left) <= capacity:
+            return 0.0
+        evenly = num * (now + left / 2) <= capacity
+        window = 2 * (now + left - capacity / num) if evenly else num * left * (now + left / 2) / capacity
+        return num * now / max(1.0, window)
+
+    def _lasts_with(self, request: Request) -> bool:
+        """Whether the KV cache holds the running rows and this one to their ends, as far as these are sure."""
+        lens = sorted(((_num_sure(row), row.num_tokens) for row in (*self.running, request)), reverse=True)
+        left_R, now_R = np.array(lens).T
+        at_end_R = now_R.cumsum() + left_R * np.arange(1, len(lens) + 1)  # of those that run as long as row R
+        return int(at_end_R.max()) <= self.pool.num_blocks * self.pool.block_size
 
     def _few_free(self) -> bool:
         """Whether too little is free for a group of rows, while others still run."""
@@ -361,3 +401,8 @@ class Scheduler:
 def _num_left(row: Request) -> int:
     """Tokens that a row may still yield, one a step."""
     return row.max_total_tokens - row.num_tokens
+
+
+def _num_sure(row: Request) -> int:
+    """Of those, tokens that it yields whatever they are."""
+    return _num_left(row) if row.params.ignore_eos else 0

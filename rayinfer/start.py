@@ -77,7 +77,7 @@ def _read_part(files: list[Path], device: torch.device, part: int) -> dict[str, 
                 whole = torch.empty(stop - first, dtype=torch.uint8, device=device)
                 file.seek(8 + header_size + first)
                 for piece in whole.split(PIECE):
-                    if file.readinto(buffer.numpy()[: len(piece)]) != len(piece):
+                    if file.readinto(buffer.numpy()[: len(piece)].data) != len(piece):
                         raise EOFError
                     piece.copy_(buffer[: len(piece)])
                 dtype = getattr(torch, _DTYPES[header[name]["dtype"]])

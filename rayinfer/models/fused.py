@@ -131,7 +131,8 @@ class FusedLayer(nn.Module):
         ]
         if num_pieces == 1:
             return ends[0]
-        return None if self.post_mlp is None else torch.cat([x_TC for x_TC, _ in ends]), stream_TC
+        parts = [x_TC for x_TC, _ in ends if x_TC is not None]
+        return torch.cat(parts) if parts else None, stream_TC
 
 
 def _end_block(

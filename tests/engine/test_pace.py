@@ -60,6 +60,64 @@ def test_nothing_to_spread(lens, num_slots):
         np.testing.assert_array_equal(fast, paced)
 
 
+def run_in(num_blocks, rows, all_known=True, prefix=(), ignore_eos=True):
+    """Rows of (prompt, output) tokens behind a prefix, in so many KV blocks: preemptions, and tokens computed."""
+    scheduler = Scheduler(BlockPool(num_blocks, 16, True), 1024, 4096)
+    scheduler.all_known = all_known
+    for index, (num_prompt, num) in enumerate(sorted(rows, key=lambda row: -row[1])):
+        prompt = [*prefix, *(1_000_000 + index * 1000 + i for i in range(num_prompt))]
+        params = SamplingParams(temperature=0, max_tokens=int(num), ignore_eos=ignore_eos)
+        scheduler.add(Request(str(index), prompt, params, max_total_tokens=len(prompt) + int(num)))
+    computed = yielded = 0
+    while scheduler.running or scheduler.waiting:
+        step = scheduler.schedule()
+        computed += len(step.plan.token_ids)
+        for index in step.plan.samples.tolist():
+            request = step.rows[index]
+            request.num_pending -= 1
+            request.output_token_ids.append(7)
+            yielded += 1
+            if request.num_known_tokens == request.max_total_tokens:
+                scheduler.finish(request)
+    assert yielded == sum(num for _, num in rows)
+    return scheduler.num_preemptions, computed
+
+
+@pytest.mark.parametrize("prefix", [(), tuple(range(100))])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [(100, 100)] * 60,  # nearly fit
+        [(100, 100)] * 200,  # several times what fits
+        [(40 + i % 90, 20 + 7 * i % 150) for i in range(150)],
+    ],
+)
+def test_rows_that_the_cache_cannot_hold_to_their_ends(rows, prefix):
+    """They come in as fast as it holds them, and few are preempted and computed anew."""
+    num_blocks = 625 + len(prefix) // 16  # 10,000 tokens and the prefix
+    preempted, computed = run_in(num_blocks, rows, prefix=prefix)
+    many, anew = run_in(num_blocks, rows, all_known=False, prefix=prefix)
+    least = sum(map(sum, rows)) - len(rows)
+    assert many > len(rows) / 20  # what would happen
+    assert preempted <= many / 2
+    assert computed - least < (anew - least) / 3 + 16 * len(rows) * bool(prefix)  # what is left of a block
+
+
+def test_a_pace_for_the_cache_needs_sure_lengths_and_prefixes():
+    """Where rows may stop early, or share prefixes in groups, what they will need is not known: as before."""
+    rows = [(100, 100)] * 200
+    assert run_in(625, rows, ignore_eos=False) == run_in(625, rows, all_known=False, ignore_eos=False)
+    scheduler = Scheduler(BlockPool(625, 16, True), 1024, 4096)
+    scheduler.all_known = True
+    for index in range(200):
+        prompt = [index % 8] * 64 + list(range(36))
+        params = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
+        scheduler.add(Request(str(index), prompt, params, max_total_tokens=200))
+    while len(scheduler.running) < 8:
+        assert scheduler.schedule() is not None
+    assert scheduler._kv_pace == 0
+
+
 def test_many_rows_are_seldom_looked_at():
     """100,000 waiting rows take tens of milliseconds to look through: not every 16 steps. New ones count at once."""
     scheduler, looks = Scheduler(BlockPool(60_000, 16, False), 8, 64), 0
@@ -79,7 +137,7 @@ def test_many_rows_are_seldom_looked_at():
             request.num_pending, request.output_token_ids = 0, request.output_token_ids + [5]
         if step == 60:
             scheduler.add(Request("new", [1] * 8, params, max_total_tokens=1008))
-    assert looks == 3  # at the start, after 16 + 20 steps, and for the new row
+    assert looks == 5  # twice at the start and for the new row, once after 16 + 20 steps
 
 
 def test_rows_that_end_early_hold_up_none():
