@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import gc
 import hashlib
 import logging
 from collections import deque
@@ -83,7 +82,6 @@ class Engine:
         self._leaders: dict[Hashable, Request] = {}  # of greedy rows; see Request.twins
         self._in_flight: deque[tuple[Step, StepHandle]] = deque()
         self._num_added = 0
-        gc.freeze()  # modules and weights stay; to look through them again and again would hold up steps
 
     @property
     def has_work(self) -> bool:

@@ -52,6 +52,7 @@ def _serve(inbox: _Inbox, outbox: Connection) -> None:
     except ValueError as error:  # ConfigError: the user's to change
         outbox.send(("refused", error))
         return
+    outbox.send(("loaded", None))
     _prove(engine)
     engine.on_admit = lambda ids: outbox.send(("admitted", ids))
     outbox.send(("ready", None))

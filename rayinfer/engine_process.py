@@ -300,7 +300,7 @@ class _Child:
         deadline = time.monotonic() + START_S
         while not stop():
             if time.monotonic() > deadline:
-                self._hung(f"it hung: it did not start in {START_S:.0f} s")
+                self._hung("it hung: it did not start, or its first step did not end, in time")
                 return False
             try:
                 if self._inbox.poll(POLL_S):
@@ -310,6 +310,7 @@ class _Child:
                     self.reason = payload or ""
                     if kind == "ready":
                         return True
+                    deadline = time.monotonic() + FIRST_STEP_S  # it is loaded, and proves that it can run a row
             except (EOFError, OSError):
                 self._ended()
                 return False

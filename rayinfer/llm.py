@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +34,7 @@ class LLM:
     def __init__(self, model: str, **kwargs: Any):
         self.config = EngineConfig.parse(model=str(model), **kwargs)
         self.engine = start_engine(self.config)
+        weakref.finalize(self, _free)
         self.engine.scheduler.all_known = True
         self._num_calls = 0
 
@@ -112,6 +115,12 @@ class LLM:
                 self.engine.abort_all()
                 raise
         return [output for output in outputs if output is not None]
+
+
+def _free() -> None:
+    """Give back the memory of an LLM that nothing refers to any more: the start froze it, and its parts are cycles."""
+    gc.unfreeze()
+    gc.collect()
 
 
 def _most_tokens(row: EncodedRow | RowError) -> int:

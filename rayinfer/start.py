@@ -33,7 +33,9 @@ def start_engine(config: EngineConfig) -> Engine:
         finally:
             if collects:
                 gc.enable()
-        return Engine(config, weights.result)
+        engine = Engine(config, weights.result)
+        gc.freeze()  # modules and weights stay; to look through them again and again would hold up steps
+        return engine
 
 
 def _read_weights(config: EngineConfig) -> dict[str, torch.Tensor]:

@@ -289,6 +289,25 @@ def test_a_hung_step_is_noticed(make_engine, want, monkeypatch, tmp_path, caplog
 
 
 @pytest.mark.slow
+def test_a_process_that_hangs_before_it_is_ready_is_replaced(make_engine, want, monkeypatch, tmp_path, caplog):
+    """In the row of one token that it proves itself with: nobody waits as long as for a model from slow storage."""
+    monkeypatch.setattr(engine_process, "FIRST_STEP_S", 5.0)
+    monkeypatch.setattr(engine_process, "POLL_S", 0.2)
+    monkeypatch.setattr(engine_process, "END_S", 2.0)
+    once = tmp_path / "once"
+    engine = make_engine(
+        f"def strike(runner, plan, number):\n    if number == 0 and not os.path.exists({str(once)!r}):\n"
+        f"        open({str(once)!r}, 'w').close()\n        time.sleep(10**6)"
+    )
+    waiter = Waiter(_rows(PROMPTS[:3]))
+    engine.submit(waiter.rows, waiter)
+    assert ids_of(waiter.wait()) == want[:3]
+    (record,) = [record for record in caplog.records if "the engine is replaced" in record.message]
+    assert "its first step did not end" in record.message
+    assert "in strike" in record.message  # its stack
+
+
+@pytest.mark.slow
 def test_an_engine_that_cannot_start_again(make_engine, tmp_path):
     """The caller is told, with the reason; rows end as ABORTED."""
     flag = tmp_path / "broken"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 
-from rayinfer import SamplingParams
-from tests.engine.tiny import as_rows, ids_of, random_prompts
+from rayinfer import LLM, SamplingParams
+from tests.engine.tiny import TINY, as_rows, ids_of, random_prompts
 
 PROMPTS = random_prompts(8)
 GREEDY = SamplingParams(temperature=0, max_tokens=20)
@@ -103,3 +105,13 @@ def test_max_model_len_ends_rows(make_llm, reference_of):
     reference = reference_of("llama")
     assert ids_of(outputs)[0] == reference.generate(prompts[0], 35, eos_token_id=-1)
     assert ids_of(outputs)[1] == reference.generate(prompts[1], 1, eos_token_id=-1)
+
+
+def test_memory_is_given_back(folder_of):
+    """In a notebook, the next LLM wants the memory of the one before; its parts refer to each other in circles."""
+    llm = LLM(folder_of("llama"), skip_tokenizer_init=True, **TINY)
+    module, pool = weakref.ref(llm.engine.model.module), weakref.ref(llm.engine.pool)
+    assert module() is not None
+    llm.generate(as_rows(random_prompts(2)), SamplingParams(max_tokens=2, detokenize=False), use_tqdm=False)
+    del llm
+    assert module() is pool() is None
