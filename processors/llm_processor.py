@@ -104,7 +104,7 @@ class LLMProcessor:
             reverse=self._done is not None,  # where no row waits for another, the long ones are not to be the last
         )
         source = _Source(table, self._columns([row.params for _, row in good]), task_attempt())
-        errors = [self._block(source, failed)] if failed else []  # before the engine has the others: it may raise
+        errors = self._block(source, failed) if failed else None  # before the engine has the others: it may raise
         with self._turn:
             self._num_brought += len(good)
             last = self._num_brought
@@ -112,7 +112,8 @@ class LLMProcessor:
         self._engine.submit(
             [row for _, row in good], lambda place, output: done.put(_Done(source, place, good[place][0], output))
         )
-        yield from errors
+        if errors is not None:
+            yield errors
         if self._done:
             yield from self._as_they_end(done, last)
         else:
@@ -167,8 +168,7 @@ class LLMProcessor:
         while len(entries) < num_left:
             few = len(entries) < max(MIN_ROWS_PER_BLOCK, num_left // 4)
             until = begin + (seconds if few else min(seconds, MIN_BLOCK_SECONDS))
-            entry = self._next(done, max(0.0, until - time.monotonic()))
-            if entry is None:
+            if (entry := self._next(done, max(0.0, until - time.monotonic()))) is None:
                 break
             entries.append(entry)
         return entries
