@@ -5,6 +5,7 @@ import io
 import json
 import re
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -30,20 +31,11 @@ def read_chunks(fs: Any, file: str, format: str, size: int) -> Iterator[Chunk]:
         ValueError: CSV without a proper header, not UTF-8, or with an open quote. OSError: it cannot be read.
     """
     with fs.open(file, "rb", compression="infer") as stream:
-        columns: dict[str, list[Any]] = {}
-        errors: list[str | None] = []
-        for row, error in _csv_records(stream) if format == "csv" else _json_records(stream):
-            for name in row:
-                if name not in columns:
-                    columns[name] = [None] * len(errors)
-            errors.append(error)
-            for name, values in columns.items():
-                values.append(row.get(name))
-            if len(errors) == size:
-                yield columns, errors
-                columns, errors = {name: [] for name in columns}, []
-        if errors:
-            yield columns, errors
+        records = _csv_records(stream) if format == "csv" else _json_records(stream)
+        names: dict[str, None] = {}  # of all records so far, in the order in which they came
+        while chunk := list(islice(records, size)):
+            names.update(dict.fromkeys(name for row, _ in chunk for name in row))
+            yield {name: [row.get(name) for row, _ in chunk] for name in names}, [error for _, error in chunk]
 
 
 def _json_records(stream: Any) -> Iterator[tuple[dict[str, Any], str | None]]:
