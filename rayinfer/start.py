@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -24,21 +25,25 @@ _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 def start_engine(config: EngineConfig) -> Engine:
     """An `Engine`; raises what it raises."""
+    stop = threading.Event()
     with ThreadPoolExecutor(1) as pool:
-        weights = pool.submit(_read_weights, config)
-        collects = gc.isenabled()
-        gc.disable()  # a quarter of the time of these imports, which leave nothing to collect
+        weights = pool.submit(_read_weights, config, stop)
         try:
-            from rayinfer.engine import Engine
+            collects = gc.isenabled()
+            gc.disable()  # a quarter of the time of these imports, which leave nothing to collect
+            try:
+                from rayinfer.engine import Engine
+            finally:
+                if collects:
+                    gc.enable()
+            engine = Engine(config, weights.result)
         finally:
-            if collects:
-                gc.enable()
-        engine = Engine(config, weights.result)
+            stop.set()  # after Ctrl-C, or if the model is refused, nobody waits for what is left to read
         gc.freeze()  # modules and weights stay; to look through them again and again would hold up steps
         return engine
 
 
-def _read_weights(config: EngineConfig) -> dict[str, torch.Tensor]:
+def _read_weights(config: EngineConfig, stop: threading.Event) -> dict[str, torch.Tensor]:
     """Tensors by name, on the GPU; none where the model is not to be run there or is loaded in another way.
 
     What is wrong with a file is for `load_model` to say, which then reads it again.
@@ -54,13 +59,13 @@ def _read_weights(config: EngineConfig) -> dict[str, torch.Tensor]:
         if 2 * sum(path.stat().st_size for path in files) > torch.cuda.mem_get_info(device)[0]:
             return {}
         with ThreadPoolExecutor(NUM_THREADS) as pool:
-            parts = pool.map(partial(_read_part, files, device), range(NUM_THREADS))
+            parts = pool.map(partial(_read_part, files, device, stop), range(NUM_THREADS))
             return {name: tensor for part in parts for name, tensor in part.items()}
     except Exception:
         return {}
 
 
-def _read_part(files: list[Path], device: torch.device, part: int) -> dict[str, torch.Tensor]:
+def _read_part(files: list[Path], device: torch.device, stop: threading.Event, part: int) -> dict[str, torch.Tensor]:
     """Every NUM_THREADS-th tensor of safetensors files (https://huggingface.co/docs/safetensors, "Format").
 
     Read and not mapped: millions of page faults would hold up the thread that imports.
@@ -75,12 +80,12 @@ def _read_part(files: list[Path], device: torch.device, part: int) -> dict[str, 
             header = json.loads(file.read(header_size))
             header.pop("__metadata__", None)
             for name in list(header)[part::NUM_THREADS]:
-                first, stop = header[name]["data_offsets"]
-                whole = torch.empty(stop - first, dtype=torch.uint8, device=device)
+                first, end = header[name]["data_offsets"]
+                whole = torch.empty(end - first, dtype=torch.uint8, device=device)
                 file.seek(8 + header_size + first)
                 for piece in whole.split(PIECE):
-                    if file.readinto(buffer.numpy()[: len(piece)].data) != len(piece):
-                        raise EOFError
+                    if stop.is_set() or file.readinto(buffer.numpy()[: len(piece)].data) != len(piece):
+                        raise InterruptedError
                     piece.copy_(buffer[: len(piece)])
                 dtype = getattr(torch, _DTYPES[header[name]["dtype"]])
                 tensors[name] = whole.view(dtype).view(header[name]["shape"])

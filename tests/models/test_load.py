@@ -8,6 +8,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -363,11 +365,16 @@ def test_reading_ahead_gives_what_safetensors_does(tmp_path, monkeypatch):
         tensors = {f"{path.stem}.{i}": torch.randn(size).to(next(dtypes)) for i, size in enumerate(sizes)}
         save_file(tensors, path, metadata={"format": "pt"})
         want |= tensors
-    parts = [start._read_part(files, torch.device("cpu"), part) for part in range(start.NUM_THREADS)]
+    read = partial(start._read_part, files, torch.device("cpu"))
+    parts = [read(threading.Event(), part) for part in range(start.NUM_THREADS)]
     got = {name: tensor for part in parts for name, tensor in part.items()}
     assert sum(map(len, parts)) == len(got) == len(want)
     for name, tensor in want.items():
         torch.testing.assert_close(got[name], tensor, rtol=0, atol=0)
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(InterruptedError):
+        read(stop, 0)
 
 
 def test_files_that_are_read_ahead(sharded, folder, tmp_path):
