@@ -57,8 +57,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def template(self, source: str) -> Template:
         """Compile. Raises jinja2.TemplateSyntaxError, RecursionError."""
         self._begin()  # constant expressions are evaluated now
-        code = self.compile(_Charging().visit(self.parse(source)))
-        return self.template_class.from_code(self, code, self.make_globals(None))
+        return self.from_string(_Charging().visit(self.parse(source)))
 
     def render(self, template: Template, values: Mapping[str, Any]) -> str:
         """Render. Raises LimitError, and whatever the template does."""
@@ -72,14 +71,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return __self.weighed(super().call(__context, __obj, *args, **kwargs))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "+":  # the usual one
-            return self.weighed(left + right)
         if operator == "%" and isinstance(left, str):
             self._foresee("format", left, (right,))
-        elif operator == "**" and isinstance(left, int) and isinstance(right, int):
-            _refuse_above(left.bit_length() * right, _MAX_BITS, "bits")
-        elif operator == "*" and isinstance(left, int) and isinstance(right, int):
-            _refuse_above(left.bit_length() + right.bit_length(), _MAX_BITS, "bits")
+        elif operator in ("*", "**") and isinstance(left, int) and isinstance(right, int):
+            bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
+            _refuse_above(bits, _MAX_BITS, "bits")
         elif operator == "*":
             times, value = (left, right) if isinstance(left, int) else (right, left)
             if isinstance(times, int):
@@ -122,8 +118,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
         @functools.wraps(filter)
         def limited(*args: Any, **kwargs: Any) -> Any:
-            if name in _GROWING:
-                self._foresee(name, args[first], (*args[first + 1 :], *kwargs.values()))
+            self._foresee(name, args[first], (*args[first + 1 :], *kwargs.values()))
             return self.weighed(filter(*args, **kwargs))
 
         return limited
