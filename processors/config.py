@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from rayinfer.config import EngineConfig
-from rayinfer.errors import ConfigError, RowError, explain_validation
+from rayinfer.errors import ConfigError, explain_validation
 from rayinfer.processors.ray_compat import register_with_ray_data_llm
 from rayinfer.sampling import SamplingParams
 
@@ -19,12 +19,12 @@ class EngineProcessorConfig(BaseModel):
         ConfigError: naming the key, the value and what is allowed; engine_kwargs and sampling_params included.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), arbitrary_types_allowed=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     model_source: Annotated[str, Field(description="local folder, hub id, or a single .gguf file")]
     engine_kwargs: Annotated[dict[str, Any], Field(description="fields of EngineConfig other than model")] = {}
     task_type: Annotated[Literal["generate"], Field(description="what the engine does with a row")] = "generate"
-    sampling_params: Annotated[dict[str, Any] | SamplingParams, Field(description="for what a row's leave open")] = {}
+    sampling_params: Annotated[SamplingParams, Field(description="for what a row's leave open")] = SamplingParams()
     chat_template: Annotated[str | None, Field(description="Jinja2, instead of the tokenizer's own")] = None
     chat_template_kwargs: Annotated[dict[str, Any], Field(description="passed to the chat template")] = {}
     batch_size: Annotated[int | None, Field(ge=1, description="rows of a call; default: max_num_seqs / 8")] = None
@@ -45,12 +45,6 @@ class EngineProcessorConfig(BaseModel):
         except ValidationError as error:
             raise ConfigError(explain_validation(error, type(self), "EngineProcessorConfig")) from None
         self.engine_config()
-        try:
-            SamplingParams.from_row(self.sampling_params)
-        except RowError as error:
-            raise ConfigError(f"EngineProcessorConfig: {error}") from None
-
-    def model_post_init(self, context: Any) -> None:
         # Here and not at import: it costs 0.3 s, and workers never build a config.
         from rayinfer.processors.processor import build_processor
 
