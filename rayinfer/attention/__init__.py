@@ -3,6 +3,7 @@
 from torch import device as Device
 
 from rayinfer.attention.base import AttentionBackend, LayerCache, LayerSpec, StepMeta, StepOutputs
+from rayinfer.attention.torch import TorchBackend
 
 __all__ = ["AttentionBackend", "LayerCache", "LayerSpec", "StepMeta", "StepOutputs", "backend_name", "get_backend"]
 
@@ -27,6 +28,4 @@ def get_backend(name: str, device: Device, fixed_order: bool = False) -> Attenti
         from rayinfer.attention.packages import PACKAGES
 
         return PACKAGES[chosen](device)
-    from rayinfer.attention.torch import TorchBackend
-
     return TorchBackend()
