@@ -1,7 +1,6 @@
 """Prompt templates: sandboxed Jinja2 over one row's columns."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
 from jinja2 import StrictUndefined, TemplateSyntaxError, meta, nodes
@@ -37,22 +36,20 @@ class PromptTemplate:
     """
 
     def __init__(self, prompt: str | None = None, messages: Sequence[tuple[str, str]] = ()):
+        self._given = prompt, messages
         self._roles = None if prompt is not None else [role for role, _ in messages]
         self._sources = {f"messages.{i}.content": text for i, (_, text) in enumerate(messages)}
         if prompt is not None:
             self._sources = {"prompt": prompt}
+        self._compiled = []
         for place, text in self._sources.items():
             try:
-                _ENVIRONMENT.template(text)
+                self._compiled.append(_ENVIRONMENT.template(text))
             except TemplateSyntaxError as error:
                 raise ConfigError(f"{place}: line {error.lineno} of the template: {error.message}") from None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_roles": self._roles, "_sources": self._sources}  # compiled templates do not pickle
-
-    @cached_property
-    def _compiled(self) -> list[Any]:
-        return [_ENVIRONMENT.template(text) for text in self._sources.values()]
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PromptTemplate, self._given  # compiled templates do not pickle
 
     def check_columns(self, columns: Iterable[str]) -> None:
         """Raise ConfigError for a name that is no column of the source."""
