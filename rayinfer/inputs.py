@@ -65,22 +65,21 @@ class InputProcessor:
         max_model_len = config.max_model_len or self.info.max_position_embeddings
         assert max_model_len is not None, "inspect_model refuses a model without a limit"
         self.max_model_len = max_model_len
-        self._chat_template = chat_template
-        self._chat_template_kwargs = dict(chat_template_kwargs or {})
+        self._chat_args = chat_template, dict(chat_template_kwargs or {})
 
     def with_template(
         self, chat_template: str | None, chat_template_kwargs: Mapping[str, Any] | None
     ) -> InputProcessor:
         """The same tokenizer and limits with another chat template."""
         other = copy.copy(self)
-        other._chat_template, other._chat_template_kwargs = chat_template, dict(chat_template_kwargs or {})
+        other._chat_args = chat_template, dict(chat_template_kwargs or {})
         other.__dict__.pop("_chat", None)
         return other
 
     @cached_property
     def _chat(self) -> ChatTemplate:
         assert self.tokenizer is not None
-        return ChatTemplate(self.tokenizer, self._chat_template, self._chat_template_kwargs)
+        return ChatTemplate(self.tokenizer, *self._chat_args)
 
     def encode(self, row: Mapping[str, Any]) -> EncodedRow:
         """Encode one row. Raises RowError with the type that its error column gets."""
@@ -158,8 +157,11 @@ class InputProcessor:
             if not isinstance(message, dict) or not isinstance(message.get("role"), str):
                 raise _bad(f"messages[{number}]: want a mapping with a string `role`")
             content = message.get("content", [] if message.get("tool_calls") else None)
-            if isinstance(content, list):
-                content = message["content"] = self._joined(content, number)
+            if isinstance(content, list):  # OpenAI-style parts
+                texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+                if len(texts) < len(content) or not all(isinstance(text, str) for text in texts):
+                    raise _bad(f"messages[{number}].content: only parts of type text are supported")
+                content = message["content"] = "".join(part["text"] for part in content)
             if not isinstance(content, str):
                 raise _bad(f"messages[{number}].content: want a string, got {type(content).__name__}")
         try:
@@ -169,15 +171,6 @@ class InputProcessor:
         except Exception as error:  # templates raise whatever they like
             raise RowError(ErrorType.TEMPLATE_ERROR, f"chat template: {describe(error, messages)}") from None
         return self._text(text)
-
-    def _joined(self, parts: Iterable[Any], number: int) -> str:
-        """Content given as OpenAI-style parts; only text is taken."""
-        texts = []
-        for part in parts:
-            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-                raise _bad(f"messages[{number}].content: only parts of type text are supported")
-            texts.append(part["text"])
-        return "".join(texts)
 
     def _tokenize(self, texts: list[str], add_special_tokens: bool) -> Sequence[list[int] | RowError]:
         if not texts:
