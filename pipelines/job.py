@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
 from rayinfer.config import EngineConfig
 from rayinfer.errors import ConfigError, bare_uri, explain_validation
@@ -21,6 +21,14 @@ class _Spec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
+def _as_text(item: Any) -> str:
+    """What pyiceberg wants of a property, of which YAML may have made a boolean or a number."""
+    return str(item).lower() if isinstance(item, bool) else str(item)
+
+
+_Secret = Annotated[SecretStr, BeforeValidator(_as_text)]
+
+
 class CatalogSpec(_Spec):
     """An Iceberg catalog, as pyiceberg knows it; what is not given here it takes from its own configuration."""
 
@@ -28,14 +36,7 @@ class CatalogSpec(_Spec):
     type: Annotated[str | None, Field(description="rest, sql, glue, hive, ...")] = None
     uri: str | None = None
     warehouse: str | None = None
-    properties: Annotated[dict[str, SecretStr], Field(exclude=True, description="others; kept nowhere")] = {}
-
-    @field_validator("properties", mode="before")
-    @classmethod
-    def _strings(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        return {key: str(item).lower() if isinstance(item, bool) else str(item) for key, item in value.items()}
+    properties: Annotated[dict[str, _Secret], Field(exclude=True, description="others; kept nowhere")] = {}
 
     def settings(self) -> dict[str, str]:
         """What pyiceberg's load_catalog takes."""
@@ -77,17 +78,19 @@ class MessageSpec(_Spec):
     content: Annotated[str, Field(description="Jinja2 template over the row's columns")]
 
 
+def _check_range(value: Any) -> Any:
+    some = value if isinstance(value, list | tuple) else [value]
+    if any(type(item) is not int for item in some) or len(some) not in (1, 2) or not 1 <= some[0] <= some[-1]:
+        raise ValueError("want a number of engines >= 1, or [min, max]")
+    return value
+
+
+_Range = Annotated[int | tuple[int, int], BeforeValidator(_check_range)]
+
+
 class ProcessorSpec(_Spec):
     batch_size: Annotated[int | None, Field(ge=1, description="rows given to an engine at once")] = None
-    concurrency: Annotated[int | tuple[int, int], Field(description="engines, or [min, max]")] = 1
-
-    @field_validator("concurrency", mode="before")
-    @classmethod
-    def _range(cls, value: Any) -> Any:
-        some = value if isinstance(value, list | tuple) else [value]
-        if any(type(item) is not int for item in some) or len(some) not in (1, 2) or not 1 <= some[0] <= some[-1]:
-            raise ValueError("want a number of engines >= 1, or [min, max]")
-        return value
+    concurrency: Annotated[_Range, Field(description="engines, or [min, max]")] = 1
 
 
 class SinkSpec(_PlaceSpec):
@@ -102,6 +105,17 @@ class SinkSpec(_PlaceSpec):
         return "parquet" if self.format == "delta" or self.format == "iceberg" else self.format
 
 
+def _engine(value: Any) -> Any:
+    """A model alone, or `model_source` among settings, as EngineConfig has it."""
+    if isinstance(value, str):
+        return {"model": value}
+    if isinstance(value, dict) and "model" not in value:
+        if "model_source" not in value:
+            raise ValueError("model_source is missing: a local folder, a .gguf file or a hub id")
+        return {"model" if key == "model_source" else key: item for key, item in value.items()}
+    return value
+
+
 class JobSpec(_Spec):
     """One job. Exactly one of `prompt` and `messages` is given; relative paths are relative to `base`.
 
@@ -112,22 +126,11 @@ class JobSpec(_Spec):
     source: SourceSpec
     prompt: Annotated[str | None, Field(description="Jinja2 template; no chat template is applied")] = None
     messages: Annotated[list[MessageSpec] | None, Field(min_length=1, description="chat messages")] = None
-    model: Annotated[EngineConfig, Field(description="model_source and the engine's settings")]
+    model: Annotated[EngineConfig, BeforeValidator(_engine), Field(description="model_source and engine settings")]
     sampling: SamplingParams = SamplingParams()
     processor: ProcessorSpec = ProcessorSpec()
     sink: SinkSpec
     on_error: Annotated[Literal["record", "raise"], Field(description="record: a failed row costs one row")] = "record"
-
-    @field_validator("model", mode="before")
-    @classmethod
-    def _model_source(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return {"model": value}
-        if isinstance(value, dict) and "model" not in value:
-            if "model_source" not in value:
-                raise ValueError("model_source is missing: a local folder, a .gguf file or a hub id")
-            return {"model" if key == "model_source" else key: item for key, item in value.items()}
-        return value
 
     @model_validator(mode="after")
     def _one_template(self) -> JobSpec:
