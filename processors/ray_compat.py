@@ -5,7 +5,7 @@ would wait for the end of their call. A rule of the physical optimizer, which is
 turns that off for our functions alone; the setting on the DataContext would change reads and other operators too.
 """
 
-import logging
+import contextlib
 import math
 import time
 from collections.abc import Callable, Generator
@@ -20,8 +20,6 @@ from ray.data._internal.logical.optimizers import get_physical_ruleset
 from ray.data._internal.logical.rules import FuseOperators
 from ray.data._internal.output_buffer import OutputBlockSizeOption
 from ray.data.block import BlockAccessor, DataBatch
-
-logger = logging.getLogger(__name__)
 
 IDLE = 0.05  # a pool of engines shrinks when it has calls for so few of its places
 _GUARD = "execution_no_progress_timeout_s"
@@ -64,8 +62,7 @@ def map_blocks(dataset: Dataset, fn: Any, batch_size: int, **kwargs: Any) -> Dat
 
 def to_arrow(batch: DataBatch) -> pa.Table:
     """A batch of any of Ray Data's formats as a table."""
-    block = BlockAccessor.batch_to_block(batch) if not isinstance(batch, pa.Table) else batch
-    return BlockAccessor.for_block(block).to_arrow()
+    return BlockAccessor.for_block(BlockAccessor.batch_to_block(batch)).to_arrow()
 
 
 def take_rows(table: pa.Table, indices: list[int]) -> pa.Table:
@@ -139,10 +136,8 @@ def cluster_resources() -> dict[str, float]:
 
 def register_with_ray_data_llm(config_type: type, builder: Callable[..., Any]) -> None:
     """Let `ray.data.llm.build_processor` take our config. Without ray.data.llm (it needs aiohttp) there is no need."""
-    try:
+    with contextlib.suppress(ImportError):
         from ray.llm._internal.batch.processor.base import ProcessorBuilder
-    except ImportError as error:
-        logger.debug("ray.data.llm cannot be imported (%s); use rayinfer.processors.build_processor", error)
-        return
-    if config_type.__name__ not in ProcessorBuilder._registry:
-        ProcessorBuilder.register(config_type, builder)
+
+        if config_type.__name__ not in ProcessorBuilder._registry:
+            ProcessorBuilder.register(config_type, builder)
