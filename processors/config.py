@@ -2,14 +2,27 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from rayinfer.config import EngineConfig
 from rayinfer.errors import ConfigError, explain_validation
 from rayinfer.processors.ray_compat import register_with_ray_data_llm
 from rayinfer.sampling import SamplingParams
 
-Concurrency = int | tuple[int, int]
+
+def bounds(value: int | tuple[int, int]) -> tuple[int, int]:
+    """Smallest and largest size of a pool."""
+    return (value, value) if isinstance(value, int) else value
+
+
+def _check_bounds(value: int | tuple[int, int]) -> int | tuple[int, int]:
+    low, high = bounds(value)
+    if not 1 <= low <= high:
+        raise ValueError("want a number >= 1, or (m, n) with 1 <= m <= n")
+    return value
+
+
+Concurrency = Annotated[int | tuple[int, int], AfterValidator(_check_bounds)]
 
 
 class EngineProcessorConfig(BaseModel):
@@ -50,21 +63,8 @@ class EngineProcessorConfig(BaseModel):
 
         register_with_ray_data_llm(type(self), build_processor)
 
-    @field_validator("concurrency", "tokenizer_concurrency")
-    @classmethod
-    def _range(cls, value: Concurrency) -> Concurrency:
-        low, high = bounds(value)
-        if not 1 <= low <= high:
-            raise ValueError("want a number >= 1, or (m, n) with 1 <= m <= n")
-        return value
-
     def engine_config(self) -> EngineConfig:
         """The EngineConfig of each engine."""
         if "model" in self.engine_kwargs:
             raise ConfigError("engine_kwargs: 'model' is given by model_source")
         return EngineConfig.parse(model=self.model_source, **self.engine_kwargs)
-
-
-def bounds(value: Concurrency) -> tuple[int, int]:
-    """Smallest and largest size of a pool."""
-    return (value, value) if isinstance(value, int) else value
