@@ -88,12 +88,11 @@ class Progress:
         while len(self._history) > 2 and now - self._history[0][0] > RATE_SECONDS:
             self._history.popleft()
 
-    def rates(self) -> tuple[float, float, float]:
+    def rates(self) -> tuple[float, ...]:
         """Rows, prompt tokens and generated tokens a second, over the last RATE_SECONDS."""
-        first, last = (self._history[0], self._history[-1]) if self._history else ((0.0,) * 4, (0.0,) * 4)
-        seconds = max(last[0] - first[0], 1e-9)
-        rows, tokens_in, tokens_out = ((b - a) / seconds for a, b in zip(first[1:], last[1:], strict=True))
-        return rows, tokens_in, tokens_out
+        moments = self._history or [(0.0,) * 4]
+        seconds, *counts = (last - first for first, last in zip(moments[0], moments[-1], strict=True))
+        return tuple(count / max(seconds, 1e-9) for count in counts)
 
     def _started(self) -> bool:
         return self._counters and bool(self.num_done > self._num_before or self._stats.get("num_running"))
