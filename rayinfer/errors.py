@@ -83,12 +83,11 @@ def describe(error: BaseException, row: Any) -> str:
     except Exception:  # str() of a user's exception is the user's code
         text = ""
     own = "\0".join(" ".join(part.split()) for part in _strings(row)).casefold()
-    cut = [False] * len(text)
+    kept = list(text)
     for start in range(len(text) - _QUOTE + 1):
         if text[start : start + _QUOTE].casefold() in own:
-            cut[start : start + _QUOTE] = [True] * _QUOTE
-    kept = "".join("\0" if hidden else char for char, hidden in zip(text, cut, strict=True))
-    text = re.sub("\0+", "[...]", kept) if any(cut) else text
+            kept[start : start + _QUOTE] = ["\0"] * _QUOTE
+    text = re.sub("\0+", "[...]", "".join(kept))
     frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     inner = [frame for frame in frames if frame[0] == "<template>"][-1:] or frames[1:]  # the first one caught the error
     place = f" ({os.path.basename(inner[0][0])}:{inner[0][1]})" if inner else ""
