@@ -11,15 +11,9 @@ from rayinfer.sampling import SamplingParams
 from rayinfer.scheduler import Scheduler
 
 
-def steps_of(lens, all_known, num_prompt=512, num_slots=1024):
-    """Run rows of these numbers of tokens to generate; returns tokens and decodes of each step."""
-    scheduler = Scheduler(BlockPool(60_000, 16, True), num_slots, 16384)
-    scheduler.all_known = all_known
-    for index, num in enumerate(sorted(lens, reverse=True)):
-        prompt = [index * num_prompt + i for i in range(num_prompt)]
-        params = SamplingParams(temperature=0, max_tokens=int(num), ignore_eos=True)
-        scheduler.add(Request(str(index), prompt, params, max_total_tokens=num_prompt + int(num)))
-    tokens, decodes, yielded = [], [], 0
+def drive(scheduler):
+    """Run all rows to their ends; returns tokens and decodes of each step."""
+    tokens, decodes, yielded, wanted = [], [], 0, sum(row.params.max_tokens for row in scheduler.waiting)
     while scheduler.running or scheduler.waiting:
         step = scheduler.schedule()
         tokens.append(len(step.plan.token_ids))
@@ -31,8 +25,19 @@ def steps_of(lens, all_known, num_prompt=512, num_slots=1024):
             yielded += 1
             if request.num_known_tokens == request.max_total_tokens:
                 scheduler.finish(request)
-    assert yielded == sum(lens)
+    assert yielded == wanted
     return np.array(tokens), np.array(decodes)
+
+
+def steps_of(lens, all_known, num_prompt=512, num_slots=1024):
+    """Run rows of these numbers of tokens to generate; returns tokens and decodes of each step."""
+    scheduler = Scheduler(BlockPool(60_000, 16, True), num_slots, 16384)
+    scheduler.all_known = all_known
+    for index, num in enumerate(sorted(lens, reverse=True)):
+        prompt = [index * num_prompt + i for i in range(num_prompt)]
+        params = SamplingParams(temperature=0, max_tokens=int(num), ignore_eos=True)
+        scheduler.add(Request(str(index), prompt, params, max_total_tokens=num_prompt + int(num)))
+    return drive(scheduler)
 
 
 def test_rows_end_together():
@@ -68,18 +73,7 @@ def run_in(num_blocks, rows, all_known=True, prefix=(), ignore_eos=True):
         prompt = [*prefix, *(1_000_000 + index * 1000 + i for i in range(num_prompt))]
         params = SamplingParams(temperature=0, max_tokens=int(num), ignore_eos=ignore_eos)
         scheduler.add(Request(str(index), prompt, params, max_total_tokens=len(prompt) + int(num)))
-    computed = yielded = 0
-    while scheduler.running or scheduler.waiting:
-        step = scheduler.schedule()
-        computed += len(step.plan.token_ids)
-        for index in step.plan.samples.tolist():
-            request = step.rows[index]
-            request.num_pending -= 1
-            request.output_token_ids.append(7)
-            yielded += 1
-            if request.num_known_tokens == request.max_total_tokens:
-                scheduler.finish(request)
-    assert yielded == sum(num for _, num in rows)
+    computed = int(drive(scheduler)[0].sum())
     return scheduler.num_preemptions, computed
 
 
