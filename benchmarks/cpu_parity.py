@@ -134,6 +134,7 @@ def run(name: str, judge: Judge, label: list[Any], num_rows: int, stop_at_eos: b
     reference = judge.reference
     num_tokens = len(reference.tokens[0])
     llm = rayinfer.LLM(str(gguf_path(name)), dtype="float32", device="cpu", **engine)
+    llm.engine.scheduler.all_known = "num_gpu_blocks_override" not in engine  # else rows wait where some would give way
     params = rayinfer.SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=not stop_at_eos, detokenize=False)
     prompts = [{"prompt_token_ids": ids} for ids in reference.prompts[:num_rows]]
     start = time.perf_counter()

@@ -66,7 +66,9 @@ def load(args: argparse.Namespace, **settings: Any) -> LLM:
         torch.cuda.empty_cache()
     base = {"max_model_len": 2048 if GPU else 96, "load_format": "dummy", "skip_tokenizer_init": True}
     base |= {} if GPU else {"device": "cpu", "cpu_kv_cache_gib": 0.05, "num_threads": 1}
-    return LLM(args.model, **{**base, **settings})
+    llm = LLM(args.model, **{**base, **settings})
+    llm.engine.scheduler.all_known = "num_gpu_blocks_override" not in settings  # else rows wait, none gives way
+    return llm
 
 
 def vocab_of(args: argparse.Namespace) -> int:

@@ -81,6 +81,7 @@ def test_preempted_rows(make_llm, reference_of, run_ahead):
 def test_row_preempted_in_mid_prompt(make_llm, reference_of):
     """A row that decodes takes the blocks of a prompt whose first chunks gave log-probabilities already."""
     llm = make_llm("llama", max_num_batched_tokens=8, block_size=4, num_gpu_blocks_override=13, max_model_len=48)
+    llm.engine.scheduler.all_known = False  # else the second row would wait
     prompts = [PROMPTS[0][:10], (PROMPTS[1] * 9)[:40]]
     params = [
         SamplingParams(temperature=0, max_tokens=36, ignore_eos=True),
