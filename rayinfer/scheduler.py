@@ -93,7 +93,7 @@ class Scheduler:
         self.running: list[Request] = []
         self.num_preemptions = 0
         self.all_known = False  # the rows that wait are all that there are, the longest first
-        self._steps_to_pace, self._pace, self._credit, self._longest = 0, 0.0, 0.0, 0
+        self._steps_to_pace, self._pace, self._credit, self._longest, self._shared = 0, 0.0, 0.0, 0, 0
         self._kv_pace: float | None = None  # prompt tokens of a step, see `_pace_for_kv`; 0: rows need not be held back
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._new_blocks: list[tuple[int, int, int]] = []
@@ -294,6 +294,7 @@ class Scheduler:
             shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], both)) // block * block
             if len({tuple(prompt[shared : shared + block]) for prompt in prompts}) < 0.9 * num:
                 return 0.0  # some share more than all do: what they need is not known
+        self._shared = shared  # tokens that all rows have in common, and the cache once
         now = sum(row.num_tokens for row in rows) / num - shared
         left = sum(map(_num_sure, rows)) / num
         capacity = 0.97 * (self.pool.num_blocks * block - shared)
@@ -305,10 +306,11 @@ class Scheduler:
 
     def _lasts_with(self, request: Request) -> bool:
         """Whether the KV cache holds the running rows and this one to their ends, as far as these are sure."""
-        lens = sorted(((_num_sure(row), row.num_tokens) for row in (*self.running, request)), reverse=True)
+        rows = (*self.running, request)
+        lens = sorted(((_num_sure(row), row.num_tokens - self._shared) for row in rows), reverse=True)
         left_R, now_R = np.array(lens).T
         at_end_R = now_R.cumsum() + left_R * np.arange(1, len(lens) + 1)  # of those that run as long as row R
-        return int(at_end_R.max()) <= self.pool.num_blocks * self.pool.block_size
+        return int(at_end_R.max()) + self._shared <= self.pool.num_blocks * self.pool.block_size
 
     def _few_free(self) -> bool:
         """Whether too little is free for a group of rows, while others still run."""
