@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_NUM_SEQS = {"cuda": 1024, "cpu": 64}
 DEFAULT_MAX_NUM_BATCHED_TOKENS = {"cuda": 16384, "cpu": 1024}
+MAX_DRAFT_STEP = {"cuda": 256, "cpu": 16}  # tokens of a step with drafts: the model's weights take as long for one
 
 
 class Engine:
@@ -75,7 +76,7 @@ class Engine:
         self.runner.allocate(num_blocks)
         self.runner.capture_graphs()
         self.pool = BlockPool(num_blocks, config.block_size, config.enable_prefix_caching)
-        self.scheduler = Scheduler(self.pool, self.max_num_seqs, self.max_num_batched_tokens)
+        self.scheduler = Scheduler(self.pool, self.max_num_seqs, self.max_num_batched_tokens, MAX_DRAFT_STEP[kind])
         self.stats = EngineStats()
         self.on_admit: Callable[[list[str]], object] | None = None  # told the ids of rows before they run
         self._requests: dict[str, Request] = {}
@@ -90,6 +91,9 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """Launch the next step, then read the one before it; returns the rows that it finished."""
         step = None
+        if self._in_flight and self.scheduler.drafts(self.scheduler.running):
+            launched, handle = self._in_flight.popleft()  # drafts go on from tokens that have been read
+            return self._read(launched, handle.read())
         try:
             step = self.scheduler.schedule()
             if step is not None:
@@ -103,7 +107,8 @@ class Engine:
             return self._shrink(step, error)
         if step is not None:
             self.stats.num_steps += 1
-            if len(self._in_flight) <= self.runner.run_ahead:
+            self.stats.num_draft_tokens += step.num_drafts
+            if len(self._in_flight) <= self.runner.run_ahead and not step.num_drafts:
                 return []
         if not self._in_flight:
             assert not self.has_work, "rows are left, none can be scheduled and no step is in flight"
@@ -168,8 +173,8 @@ class Engine:
         while self._in_flight:
             launched, handle = self._in_flight.popleft()
             finished += self._read(launched, handle.read())
-        for index in step.plan.samples.tolist():
-            step.rows[index].num_pending -= 1
+        for request in {step.rows[index] for index in step.plan.samples.tolist()}:
+            request.num_pending -= 1
         if not self.scheduler.shrink():
             raise error
         if self.device.type == "cuda":
@@ -185,26 +190,27 @@ class Engine:
         """Append a step's tokens to its rows."""
         finished = []
         self._split_prompt_logprobs(step, result.prompt_logprobs)
-        for number, (index, tokens) in enumerate(
-            zip(step.plan.samples.tolist(), result.token_ids.tolist(), strict=True)
-        ):
+        before, is_right = None, True
+        samples, token_ids = step.plan.samples.tolist(), result.token_ids.tolist()
+        for number, (index, token) in enumerate(zip(samples, token_ids, strict=True)):
             request = step.rows[index]
-            request.num_pending -= 1
-            if request.finished:
-                continue  # it ended one step ago, when this step was already on its way
-            for token in tokens:
-                if token < 0:
-                    error = RowError(ErrorType.NAN_LOGITS, "the model's logits for this row are NaN or infinite")
-                    finished += self._end(request, error)
-                    break
-                request.output_token_ids.append(token)
-                if request.params.logprobs is not None and result.logprobs is not None:
-                    request.output_logprobs.append(
-                        self._logprob_entry(result.logprobs, number, token, request.params.logprobs)
-                    )
-                if self._ends(request, token):
-                    finished += self._end(request)
-                    break
+            is_draft, before = request is before, request
+            is_right = not is_draft or (is_right and step.plan.token_ids[index] == token_ids[number - 1])
+            request.num_pending -= not is_draft
+            if request.finished or not is_right:
+                continue  # it ended a step ago, when this one was on its way already, or with a draft before
+            request.num_scheduled += is_draft  # its KV is there already
+            self.stats.num_accepted_tokens += is_draft
+            if token < 0:
+                error = RowError(ErrorType.NAN_LOGITS, "the model's logits for this row are NaN or infinite")
+                finished += self._end(request, error)
+                continue
+            request.output_token_ids.append(token)
+            if request.params.logprobs is not None and result.logprobs is not None:
+                entry = self._logprob_entry(result.logprobs, number, token, request.params.logprobs)
+                request.output_logprobs.append(entry)
+            if self._ends(request, token):
+                finished += self._end(request)
         return finished
 
     def _ends(self, request: Request, token: int) -> bool:

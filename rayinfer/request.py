@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from rayinfer.errors import RowError
 from rayinfer.sampling import SamplingParams
+from rayinfer.speculation import Lookup
 
 
 @dataclass(slots=True)
@@ -32,6 +33,8 @@ class EngineStats:
     num_failed: int = 0
     num_preemptions: int = 0
     num_steps: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0  # of those
 
 
 @dataclass(slots=True)
@@ -113,6 +116,7 @@ class Request:
     stop_reason: int | str | None = None
     error_type: str | None = None
     error_message: str | None = None
+    lookup: Lookup | None = None  # for drafts, once there were any to be made
     twin_key: Hashable = None  # equal in greedy rows that ask for the very same: one of them runs
     leader: Request | None = None  # that one; None for itself
     twins: list[Request] = field(default_factory=list)  # and those that take its answer

@@ -12,7 +12,7 @@ from itertools import takewhile
 
 import numpy as np
 
-from rayinfer import groups
+from rayinfer import groups, speculation
 from rayinfer.kv_cache import BlockPool
 from rayinfer.request import Request
 
@@ -72,10 +72,14 @@ class StepPlan:
 
 @dataclass(slots=True)
 class Step:
-    """A plan together with the host's rows it is for: `rows[i]` is the plan's row i."""
+    """A plan together with the host's rows it is for: `rows[i]` is the plan's row i.
+
+    Of the `num_drafts` rows that are drafts, each is behind the one it goes on from, and has the same host's row.
+    """
 
     plan: StepPlan
     rows: list[Request]
+    num_drafts: int = 0
 
 
 class Scheduler:
@@ -84,11 +88,12 @@ class Scheduler:
     Args:
         max_num_seqs: rows that hold a slot at once.
         max_num_batched_tokens: tokens of one step, decodes and prompt chunks together.
+        max_draft_step: tokens of a step that are about as fast as one; up to there, rows get drafts (speculation.py).
     """
 
-    def __init__(self, pool: BlockPool, max_num_seqs: int, max_num_batched_tokens: int):
+    def __init__(self, pool: BlockPool, max_num_seqs: int, max_num_batched_tokens: int, max_draft_step: int = 0):
         self.pool = pool
-        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_num_batched_tokens, self.max_draft_step = max_num_batched_tokens, max_draft_step
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.num_preemptions = 0
@@ -160,7 +165,21 @@ class Scheduler:
         rows = decodes + [request for request, _ in chunks]
         if not rows:
             return None
-        return Step(self._plan(rows, [1] * len(decodes) + [n for _, n in chunks], len(decodes)), rows)
+        drafts = self.drafts(decodes) if not chunks and not any(row.num_pending for row in decodes) else []
+        for row, draft in zip(decodes, drafts, strict=False):
+            if not self._grow(row, 1 + len(draft)):
+                draft.clear()
+        plan = self._plan(rows, [1] * len(decodes) + [n for _, n in chunks], len(decodes))
+        if not drafts:
+            return Step(plan, rows)
+        plan, index_R = speculation.with_drafts(plan, drafts)
+        return Step(plan, [rows[i] for i in index_R], len(index_R) - len(rows))
+
+    def drafts(self, rows: list[Request]) -> list[list[int]]:
+        """Drafts for each of the rows, as far as these are known; an empty list if the next step is to have none."""
+        if self.waiting or any(row.num_tokens - row.num_scheduled != 1 for row in rows):
+            return []  # prompts come, or are not done
+        return speculation.drafts_for(rows, min(self.max_draft_step, self.num_slots, self.max_num_batched_tokens))
 
     def _limited(self, request: Request, num_new: int) -> int:
         """Of `num_new` tokens, those for whose logits this step has room; the room is taken."""

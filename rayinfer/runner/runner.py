@@ -32,7 +32,7 @@ class TopLogprobs:
 
 @dataclass(slots=True)
 class StepResult:
-    """What a step yielded: token_ids int32 [L, k], -1 where the logits were NaN, in the order of `plan.samples`."""
+    """What a step yielded: token_ids int32 [L], -1 where the logits were NaN, in the order of `plan.samples`."""
 
     token_ids: np.ndarray
     logprobs: TopLogprobs | None = None
@@ -68,7 +68,7 @@ class StepHandle:
         assert token_ids is not None
         pairs = zip(tops[::2], tops[1::2], strict=True)
         own, prompt = (None if v is None or i is None else TopLogprobs(v, i) for v, i in pairs)
-        return StepResult(token_ids[:, None], own, prompt)
+        return StepResult(token_ids, own, prompt)
 
 
 class Runner:

@@ -71,7 +71,7 @@ def test_steps_without_samples(make_llm, reference_of):
 
     llm.engine.runner.launch = recorded
     output = llm.generate(as_rows([prompt]), SamplingParams(temperature=0, max_tokens=2), use_tqdm=False)
-    assert shapes == [(8, (0, 1))] * 4 + [(6, (1, 1)), (1, (1, 1))]
+    assert shapes == [(8, (0,))] * 4 + [(6, (1,)), (1, (1,))]
     assert ids_of(output)[0] == reference_of("llama").generate(prompt, 2)
 
 

@@ -14,10 +14,10 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, settings, target
 from hypothesis import strategies as st
 
-from rayinfer import groups
+from rayinfer import groups, speculation
 from rayinfer.config import EngineConfig
 from rayinfer.engine import Engine
 from rayinfer.kv_cache import BlockPool
@@ -32,10 +32,12 @@ NAN = -1
 
 
 def answer(prefix: tuple[int, ...], banned: frozenset[int]) -> int:
-    """The token that follows a prefix: one of 12, now and then NaN."""
+    """The token that follows a prefix: one of 12, mostly the one that the last two say, now and then NaN."""
     rng = random.Random(repr(prefix))
-    if rng.random() < 0.01:
+    if (chance := rng.random()) < 0.01:
         return NAN
+    if chance < 0.8:
+        rng = random.Random(repr(prefix[-2:]))
     return rng.choice([token for token in range(12) if token not in banned])
 
 
@@ -56,6 +58,7 @@ class Device:
     num_blocks: int
     block_size: int
     run_ahead: int
+    max_draft_step: int = 0
     memory: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
     table: dict[tuple[int, int], int] = field(default_factory=dict)
     last: dict[int, int] = field(default_factory=dict)
@@ -81,12 +84,18 @@ class Device:
         if len(plan.prompt_targets):
             values = [[float(fed[at]), 1.0] for at, _ in plan.prompt_targets.tolist()]
             tops = TopLogprobs(np.array(values, np.float32), np.zeros((len(values), 0), np.int64))
-        return Handle(StepResult(np.array(tokens, np.int32).reshape(-1, 1), None, tops))
+        return Handle(StepResult(np.array(tokens, np.int32), None, tops))
 
     def _check(self, plan: StepPlan) -> None:
         slots, num_new = plan.slots.tolist(), plan.num_new.tolist()
         assert slots
-        assert len(set(slots)) == len(slots)
+        cells = list(zip(slots, plan.starts.tolist(), strict=True))
+        assert len(set(cells)) == len(cells)
+        if len(set(slots)) < len(slots):  # drafts: each behind the row it goes on from, on tokens that are known
+            assert plan.num_decodes == len(slots) == len(plan.samples) <= self.max_draft_step
+            assert min(plan.token_ids) >= 0
+            for (slot, start), before in zip(cells[1:], cells, strict=False):
+                assert (slot, start - 1) == before or (slot not in slots[: cells.index((slot, start))])
         assert set(slots) <= set(range(self.max_num_seqs))
         assert sum(num_new) == len(plan.token_ids) <= self.budget
         assert set(num_new[: plan.num_decodes]) <= {1}
@@ -210,8 +219,12 @@ def engine(folder_of) -> Engine:
 
 @pytest.fixture(scope="module", autouse=True)
 def any_pace():
-    """Steps here are far too small to be paced in earnest."""
-    with patch("rayinfer.scheduler.MIN_PACE", 1):
+    """Steps here are far too small to be paced in earnest, and texts too short for long n-grams."""
+    with (
+        patch("rayinfer.scheduler.MIN_PACE", 1),
+        patch.object(speculation, "NGRAM", 1),
+        patch.object(speculation, "MIN_DRAFTS", 0.1),
+    ):
         yield
 
 
@@ -228,11 +241,14 @@ def test_every_row_gets_its_tokens(engine, data):
     gaps = data.draw(st.lists(st.integers(0, 4), min_size=len(given_rows), max_size=len(given_rows)), "gaps")
 
     engine.pool = BlockPool(num_blocks, block_size, data.draw(st.booleans(), "prefix caching"))
-    engine.scheduler = Scheduler(engine.pool, max_num_seqs, budget)
+    max_draft_step = data.draw(st.integers(0, 40), "max_draft_step")
+    engine.scheduler = Scheduler(engine.pool, max_num_seqs, budget, max_draft_step)
     engine.scheduler.all_known = data.draw(st.booleans(), "all_known")
     engine.max_model_len = max_model_len
-    device = Device(max_num_seqs, budget, num_blocks, block_size, data.draw(st.integers(0, 2), "run_ahead"))
+    run_ahead = data.draw(st.integers(0, 2), "run_ahead")
+    device = Device(max_num_seqs, budget, num_blocks, block_size, run_ahead, max_draft_step)
     engine.runner = device
+    before = engine.snapshot().num_accepted_tokens
 
     outputs, in_order = {}, []
     arrivals = np.cumsum(gaps).tolist()
@@ -260,6 +276,7 @@ def test_every_row_gets_its_tokens(engine, data):
     assert sorted(outputs) == list(range(len(given_rows))), "a row starved"
     while engine._in_flight:
         engine.step()
+    target(float(engine.stats.num_accepted_tokens - before), label="accepted drafts")
     assert engine.pool.num_free == num_blocks - 1
     assert sorted(engine.scheduler._free_slots) == list(range(max_num_seqs))
     began = [seed for seed in device.order if seed in in_order]
