@@ -2,11 +2,10 @@
 
     python benchmarks/commit_crashes.py --crashes 12000
 
-The drivers run the code of `rayinfer run` (claim, take-over, collecting, writing parts, commits, the end), without
-Ray and without an engine. Rows come from an adversary that loses, repeats and regroups them, as Ray was seen to do. A
-driver is killed before or after any operation on the store (on a disk: before or after any system call, and in the
-middle of a write), up to five times a job, then one runs to the end. What counts is read by other code: each row once,
-with its text.
+The drivers run the code of `rayinfer run` (claim, take-over, collecting, writing parts, commits, the end), without Ray
+and an engine. Rows come from an adversary that loses, repeats and regroups them, as Ray was seen to do. A driver is
+killed before or after any operation on the store (on a disk: any system call, and in the middle of a write), up to
+five times a job, then one runs to the end. What counts is read by other code: each row once, with its text.
 
 Stores: a disk; fsspec's memory; a bucket that answers a lost conditional put with an error; the bucket, in which one
 operation in ten fails before or after it was done. With --uri, a real one (s3://bucket/folder) instead.
@@ -186,10 +185,9 @@ def finished(numbers: np.ndarray) -> pa.Table:
         row = {"attempts": 1, "finish_reason": "stop", "generated_text": f"answer {i}", "num_generated_tokens": i}
         rows.append(row if i % 5 else {"attempts": 1, "error_type": "TEMPLATE_ERROR", "error_message": "why"})
     columns: dict[str, Any] = {
-        KEY: [f"f#{i}" for i in numbers.tolist()],
-        NUMBER: pa.array(numbers),
+        KEY: [f"f#{i}" for i in numbers.tolist()], NUMBER: pa.array(numbers),
         SOURCE: pa.StructArray.from_arrays([pa.array([f"text {i}" for i in numbers.tolist()])], ["text"]),
-    }
+    }  # fmt: skip
     names = [field for field in OUTPUT if field.name not in ("logprobs", "prompt_logprobs")]
     columns |= {field.name: pa.array([row.get(field.name) for row in rows], field.type) for field in names}
     return pa.table(columns)
@@ -220,6 +218,9 @@ class Adversary:
 
     def hurry(self) -> bool:
         return False
+
+    def resources(self) -> dict[str, float]:
+        return {}
 
     def ended(self, handles: list[Any], seconds: float) -> list[Any]:
         return self.rng.sample(handles, self.rng.randint(1, len(handles)))

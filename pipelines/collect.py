@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import queue
 import threading
 import time
@@ -23,11 +24,14 @@ from rayinfer.pipelines.log import CommitLog, Part
 from rayinfer.pipelines.sinks import PartWriter
 from rayinfer.processors.ray_compat import ending_nodes
 
+logger = logging.getLogger(__name__)
+
 MAX_FRUITLESS_ROUNDS = 3
 MAX_WRITES = 4  # write tasks at once
 PART_BYTES = 256 * 2**20  # of the rows in memory: a writer holds a part several times over
 DRAIN_SECONDS = 10.0  # what a job that is stopped may take to commit what is finished
 LAST_SECONDS = 5.0  # between two flushes while a node that may hold blocks is about to end
+STALL_SECONDS = 60.0  # without news, on a cluster that has shrunk
 _POLL_SECONDS = 0.1
 
 Block = tuple[Any, int, int]  # reference, rows, bytes
@@ -65,6 +69,10 @@ class RayWrites:
             self._hurry, self._asked = bool(ending_nodes()), time.monotonic()
         return self._hurry
 
+    def resources(self) -> dict[str, float]:
+        """CPUs and GPUs of the nodes that live."""
+        return ray.cluster_resources()
+
 
 def collect_all(
     blocks: Callable[[], Generator[Block, None, None]], log: CommitLog, writes: RayWrites, sink: SinkSpec,
@@ -92,6 +100,7 @@ class _Round:
         self.num_rows = self.num_bytes = 0  # of the group
         self.oldest = 0.0  # when the group's first block came
         self.running: dict[Any, list[Any]] = {}  # write task -> its blocks, kept until they are committed
+        self.resources, self.news = writes.resources(), time.monotonic()  # in the beginning; when something last came
 
     def run(self, blocks: Generator[Block, None, None]) -> None:
         stop: BaseException | None = None
@@ -103,17 +112,32 @@ class _Round:
                     if pump.ended or self._is_due():
                         self._flush()
                     self._settle(_POLL_SECONDS if pump.ended or len(self.running) >= MAX_WRITES else 0.0)
-            except (KeyboardInterrupt, _Failed) as error:
+                    self._check_stall()
+            except (KeyboardInterrupt, _Failed, _Stalled) as error:
                 stop = error.__cause__ or error
                 self._flush()
                 deadline = time.monotonic() + DRAIN_SECONDS
                 while self.running and time.monotonic() < deadline:
                     self._settle(_POLL_SECONDS)
-        if stop is not None:
+        if stop is not None and not isinstance(stop, _Stalled):
             raise stop
 
+    def _check_stall(self) -> None:
+        """End the round if nodes were lost and nothing comes any more: the next one is planned for those that are left.
+
+        The actors of a round, started again on fewer nodes, can hold all CPUs that are left. Tasks that would compute
+        lost blocks again then wait for ever (seen when two of three nodes died).
+        """
+        if time.monotonic() - self.news < STALL_SECONDS:
+            return
+        self.news, now = time.monotonic(), self.writes.resources()
+        if any(now.get(name, 0) < self.resources.get(name, 0) for name in ("CPU", "GPU")):
+            logger.warning("nodes were lost and no row came for %.0f s: beginning again with the others", STALL_SECONDS)
+            raise _Stalled
+
     def _gather(self, reference: Any, num_rows: int, num_bytes: int) -> None:
-        self.oldest = self.oldest if self.group else time.monotonic()
+        self.news = time.monotonic()
+        self.oldest = self.oldest if self.group else self.news
         self.group.append(reference)
         self.num_rows, self.num_bytes = self.num_rows + num_rows, self.num_bytes + num_bytes
 
@@ -130,6 +154,7 @@ class _Round:
     def _settle(self, seconds: float) -> None:
         """Commit what the tasks that have ended wrote."""
         for handle in self.writes.ended(list(self.running), seconds) if self.running else ():
+            self.news = time.monotonic()
             references, written = self.running.pop(handle), self.writes.result(handle)
             if written is None or not written[0]:
                 continue
@@ -143,6 +168,10 @@ class _Round:
 
 
 class _Failed(Exception):  # noqa: N818  # the blocks did; the cause says why
+    pass
+
+
+class _Stalled(Exception):  # noqa: N818  # the round goes on no more, the job does
     pass
 
 

@@ -107,6 +107,7 @@ class Scheduler:
         self._reserve = max(1, pool.num_blocks // 100)
         self._full = False
         self._group_lens: np.ndarray = np.zeros(0, np.int32)
+        self._groups: dict[tuple[int, int], tuple[int, list[int]]] = {}  # (number, last) of shared blocks -> group, all
         self._num_ungrouped = self._steps_ungrouped = 0  # rows that came since prefix groups were found, and steps
 
     @property
@@ -262,7 +263,8 @@ class Scheduler:
             if request.num_cached_tokens < 0:
                 request.num_cached_tokens = num_known
             self.running.append(request)
-            self._num_ungrouped += 1
+            request.group = self._group_of(known)
+            self._num_ungrouped += request.group < 0
             grown = self._grow(request, num_new)
             assert grown
             budget -= num_new
@@ -337,16 +339,25 @@ class Scheduler:
         few_slots = len(self._free_slots) < min(max(1, self.num_slots // 16), len(self.waiting))
         return bool(self.running) and (few_slots or self.pool.num_free < self.pool.num_blocks // 16)
 
+    def _group_of(self, blocks: list[int]) -> int:
+        """The group whose prefix these blocks begin with, -1 for none."""
+        for num in {num for num, _ in self._groups if num <= len(blocks)}:
+            group, shared = self._groups.get((num, blocks[num - 1]), (-1, []))
+            if blocks[: len(shared)] == shared and group >= 0:
+                return group
+        return -1
+
     def _order_by_prefix(self, decodes: list[Request]) -> None:
         """Put decode rows that share a prefix side by side, groups first; find the groups anew if rows came."""
         if not (self.pool.enable_prefix_caching and decodes):
             return
         self._steps_ungrouped += self._num_ungrouped > 0
         if self._num_ungrouped * 8 > len(decodes) or self._steps_ungrouped > REGROUP_STEPS:
-            self._num_ungrouped = self._steps_ungrouped = 0
+            self._num_ungrouped, self._steps_ungrouped = len(self.running) - len(decodes), 0
             for request in self.running:
                 request.group = -1
             self._group_lens = self._group_lens[:0]
+            self._groups.clear()
             if all(request.num_cached_tokens < groups.MIN_SHARED_TOKENS for request in decodes):
                 return
             width = max(request.num_registered_blocks for request in decodes)
@@ -356,7 +367,13 @@ class Scheduler:
             group_B, shared_G = groups.find_groups(table, self.pool.block_size)
             self._group_lens = shared_G * self.pool.block_size
             for request, group in zip(decodes, group_B.tolist(), strict=True):
-                request.group = group
+                if group >= 0:
+                    num = shared_G[group]
+                    self._groups[num, request.blocks[num - 1]] = group, request.blocks[:num]
+            for request in self.running:  # those that do not decode yet, too
+                request.group = self._group_of(request.blocks)
+                self._num_ungrouped -= request.group >= 0
+            self._num_ungrouped += int((group_B >= 0).sum())
         if len(self._group_lens):
             decodes.sort(key=lambda request: request.group if request.group >= 0 else groups.MAX_NUM_GROUPS)
 

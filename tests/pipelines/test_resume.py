@@ -21,7 +21,7 @@ import pytest
 import yaml
 
 from benchmarks.commit_crashes import Orderly, finished, plan_of
-from rayinfer.pipelines import identity
+from rayinfer.pipelines import collect, identity
 from rayinfer.pipelines.collect import RayWrites, collect_all
 from rayinfer.pipelines.job import JobSpec
 from rayinfer.pipelines.log import CommitLog, OutputTakenError
@@ -240,4 +240,41 @@ def test_the_time_for_a_flush_passes_while_no_block_comes(tmp_path):
     start = time.monotonic()
     collect_all(blocks, log, writes, sink, lambda written: times.append(time.monotonic() - start))
     assert times[0] >= 0.5
+    assert log.num_missing == 0
+
+
+class Shrinking(Orderly):
+    """Counts the CPUs of a cluster that has fewer each time that it is asked for them, down to `least`."""
+
+    def __init__(self, *args, cpus: list[int]):
+        super().__init__(*args)
+        self.cpus = cpus
+
+    def resources(self):
+        return {"CPU": float(self.cpus.pop(0) if len(self.cpus) > 1 else self.cpus[0])}
+
+
+@pytest.mark.parametrize(("cpus", "num_rounds"), [([6, 2], 2), ([6, 6], 1)])
+def test_a_round_that_stands_still_after_nodes_were_lost_gives_way(tmp_path, monkeypatch, cpus, num_rounds):
+    """Ray waits for ever when the actors of a round hold all CPUs that are left; a slow round is left alone."""
+    monkeypatch.setattr(collect, "STALL_SECONDS", 0.4)
+    plan = plan_of(open_store(str(tmp_path / "out")), 20)
+    log = CommitLog(plan.store, "0" * 8, 20)
+    log.start()
+    writes = Shrinking(None, log, PartWriter(plan.store, "jsonl", plan.schema, log.part_prefix), cpus=cpus)
+    begun: list[int] = []
+
+    def blocks():
+        begun.append(log.num_missing)
+        first, *others = np.array_split(log.done.missing(0, 20), 3)
+        yield finished(first), len(first), 100
+        if len(begun) == 1:
+            start = time.monotonic()
+            while num_rounds > 1 or time.monotonic() - start < 1.5:
+                time.sleep(0.01)
+        for rows in others:
+            yield finished(rows), len(rows), 100
+
+    collect.collect_all(blocks, log, writes, plan.spec.sink, lambda written: None)
+    assert begun == [20, 13][:num_rounds]  # what was finished is committed before
     assert log.num_missing == 0
