@@ -4,11 +4,12 @@ import functools
 import importlib.util
 import json
 import os
-import struct
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from rayinfer.errors import ConfigError
 
@@ -140,23 +141,18 @@ def _check_shards(folder: Path, index: str) -> None:
 
 
 def _check_shard(path: Path, tensors: list[str], index: str) -> None:
-    """Compare a safetensors file's header with its size and with the tensors that the index says it holds."""
-    size = path.stat().st_size
+    """Check that a file is whole, and that it holds the tensors that the index says it holds."""
     if path.suffix == ".bin":
         if not zipfile.is_zipfile(path):  # its directory stands at its end
             raise ConfigError(f"model file {path}: cut short, or of torch before 1.6; load and save it again")
         return
     try:
-        with path.open("rb") as file:
-            (header_size,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(header_size)) if header_size < size else {}
-        header.pop("__metadata__", None)
-        wanted = 8 + header_size + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (struct.error, ValueError, KeyError, TypeError):
-        raise ConfigError(f"model file {path}: not a safetensors file or cut short ({size} bytes)") from None
-    if size != wanted:
-        raise ConfigError(f"model file {path}: {size} bytes, but its header says {wanted}; download it again")
-    absent = [tensor for tensor in tensors if tensor not in header]
+        with safe_open(path, "pt") as file:  # compares the header with the size of the file
+            held = set(file.keys())
+    except SafetensorError as error:
+        size = f"not a safetensors file or cut short ({path.stat().st_size} bytes)"
+        raise ConfigError(f"model file {path}: {size}: {error}; download it again") from None
+    absent = [tensor for tensor in tensors if tensor not in held]
     if absent:
         raise ConfigError(f"model file {path}: lacks tensor {absent[0]!r}, which {index} says it holds")
 
