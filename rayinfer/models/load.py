@@ -23,7 +23,7 @@ from rayinfer.attention import backend_name
 from rayinfer.config import EngineConfig
 from rayinfer.errors import ConfigError, UnsupportedModelError, nearest
 from rayinfer.models.fused import FUSED, fuse
-from rayinfer.models.linear import FixedOrder, Linear
+from rayinfer.models.linear import Linear, fixed_order
 from rayinfer.models.model import Model, ModelInfo
 from rayinfer.models.paged import ATTENTION, DYNAMIC_ROPE, WAY_OUT, check_config, discover
 from rayinfer.models.source import Source, check_weights, find_source
@@ -93,7 +93,7 @@ def _fix_order(config: EngineConfig, module: nn.Module, device: torch.device, fu
     module.set_output_embeddings(Linear.merge([head]))  # type: ignore[operator]
     for part in module.modules():
         if isinstance(part, Linear):
-            part.method = FixedOrder()
+            part.method = fixed_order
     return True
 
 
