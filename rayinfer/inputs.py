@@ -62,9 +62,7 @@ class InputProcessor:
     ):  # fmt: skip
         self.info = info or inspect_model(config)
         self.tokenizer = load_tokenizer(config)
-        max_model_len = config.max_model_len or self.info.max_position_embeddings
-        assert max_model_len is not None, "inspect_model refuses a model without a limit"
-        self.max_model_len = max_model_len
+        self.max_model_len = self.info.max_model_len
         self._chat_args = chat_template, dict(chat_template_kwargs or {})
 
     def with_template(

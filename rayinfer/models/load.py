@@ -60,9 +60,7 @@ def load_model(config: EngineConfig, weights: Callable[[], dict[str, torch.Tenso
         module = _pretrained(config, source, hf_config, info.dtype, device, weights())
     module.eval().requires_grad_(False)
     state = discover(module)
-    num_positions = config.max_model_len or info.max_position_embeddings
-    assert num_positions is not None, "_inspect() wants one of them"
-    fused = config.fuse and fuse(module, num_positions)
+    fused = config.fuse and fuse(module, info.max_model_len)
     one_by_one = config.deterministic and not _fix_order(config, module, device, fused)
     return Model(info, module, state, fused, one_by_one)
 
@@ -121,9 +119,9 @@ def _inspect(config: EngineConfig) -> tuple[Source, PreTrainedConfig, ModelInfo]
     info = ModelInfo(
         architecture=architecture, vocab_size=text.vocab_size, eos_token_ids=tuple(sorted(eos)),
         max_position_embeddings=getattr(text, "max_position_embeddings", None), dtype=_dtype(config, text),
-        num_layers=text.num_hidden_layers, hidden_size=text.hidden_size,
+        max_model_len=_max_model_len(config, text, architecture), num_layers=text.num_hidden_layers,
+        hidden_size=text.hidden_size,
     )  # fmt: skip
-    _check_length(config, text, info)
     check_config(architecture, text)
     try:
         with torch.device("meta"):
@@ -206,25 +204,26 @@ def _check_architecture(config: EngineConfig, hf_config: PreTrainedConfig) -> st
     return model_class.__name__
 
 
-def _check_length(config: EngineConfig, text: PreTrainedConfig, info: ModelInfo) -> None:
-    limit = info.max_position_embeddings
-    if limit is None and config.max_model_len is None:
-        raise ConfigError(f"max_model_len: {info.architecture} names no limit of its own; set max_model_len")
-    if limit is not None and config.max_model_len is not None and config.max_model_len > limit:
+def _max_model_len(config: EngineConfig, text: PreTrainedConfig, architecture: str) -> int:
+    limit = getattr(text, "max_position_embeddings", None)
+    wanted = config.max_model_len or limit
+    if wanted is None:
+        raise ConfigError(f"max_model_len: {architecture} names no limit of its own; set max_model_len")
+    if limit is not None and wanted > limit:
         raise ConfigError(
-            f"max_model_len = {config.max_model_len}: {config.model!r} takes {limit} tokens at most (to stretch it, "
+            f"max_model_len = {wanted}: {config.model!r} takes {limit} tokens at most (to stretch it, "
             "override max_position_embeddings and rope_parameters with hf_overrides)"
         )
     rope = getattr(text, "rope_parameters", None) or {}
     for values in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
         if values.get("rope_type") in DYNAMIC_ROPE:
             static = values.get("original_max_position_embeddings") or limit or 0
-            wanted = config.max_model_len or limit or 0
             if wanted > static:
                 raise UnsupportedModelError(
                     f"rope_type {values['rope_type']!r} changes with the length of a sequence beyond {static} tokens, "
                     f"which is not supported; set max_model_len={static} or less (now {wanted})"
                 )
+    return wanted
 
 
 def _generation_config(source: Source, hf_config: PreTrainedConfig) -> GenerationConfig:

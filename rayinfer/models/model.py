@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rayinfer.attention.base import AttentionBackend, LayerCache, LayerSpec, StepMeta
+from rayinfer.attention.base import AttentionBackend, LayerCache, StepMeta
 from rayinfer.models.paged import PagedState
 
 
@@ -19,6 +19,7 @@ class ModelInfo:
     Attributes:
         architecture: the transformers class that runs the model.
         max_position_embeddings: the model's own limit on prompt plus output; None if it names none.
+        max_model_len: the limit that rows have: the configured one, else the model's own.
         eos_token_ids: of the generation config and the model config together, sorted.
         dtype: of the weights once loaded.
     """
@@ -26,6 +27,7 @@ class ModelInfo:
     architecture: str
     vocab_size: int
     max_position_embeddings: int | None
+    max_model_len: int
     eos_token_ids: tuple[int, ...]
     dtype: torch.dtype
     num_layers: int
@@ -46,14 +48,10 @@ class Model:
         self.info = info
         self.module = module
         self.fused, self.one_by_one = fused, one_by_one
-        self._state = state
+        self._state, self.specs = state, state.specs
         weight = next(module.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self._slices_logits = "logits_to_keep" in inspect.signature(module.forward).parameters
-
-    @property
-    def specs(self) -> list[LayerSpec]:
-        return self._state.specs
 
     def bind(self, caches: Sequence[LayerCache], prefill: AttentionBackend, decode: AttentionBackend) -> None:
         """Set the KV cache of each layer and the backends for prompt chunks and single tokens."""
