@@ -55,25 +55,23 @@ class FusedAttention(nn.Module):
     def __init__(self, attention: Any, gemma: bool):
         super().__init__()
         self.paged: PagedLayer = attention.paged
+        self.gemma = gemma
         self.qkv = Linear.merge([attention.q_proj, attention.k_proj, attention.v_proj])
         self.out = Linear.merge([attention.o_proj])
         self.ops = get_ops(self.out.weight.device)
-        q_norm = getattr(attention, "q_norm", None)
-        self.q_norm = None if q_norm is None else Norm(q_norm, gemma)
-        self.k_norm = None if q_norm is None else Norm(attention.k_norm, gemma)
+        self.norms: dict[str, Any] = {}
+        if getattr(attention, "q_norm", None) is not None:
+            q_norm = Norm(attention.q_norm, gemma)
+            self.norms = {"q_weight": q_norm.weight, "k_weight": attention.k_norm.weight, "eps": q_norm.eps}
 
     def forward(
         self, x_TC: torch.Tensor, cos_MR: torch.Tensor, sin_MR: torch.Tensor, outputs: StepOutputs | None = None
     ) -> torch.Tensor:
         paged, spec = self.paged, self.paged.spec
-        norms: dict[str, Any] = {}
-        if self.q_norm is not None and self.k_norm is not None:
-            norms = {"q_weight": self.q_norm.weight, "k_weight": self.k_norm.weight}
-            norms |= {"eps": self.q_norm.eps, "gemma": self.q_norm.gemma}
         q_THD = self.ops.qk_norm_rope_write(
             self.qkv(x_TC), cos_MR, sin_MR, paged.meta.positions_T, paged.meta.slot_mapping_T, paged.cache.k_NSKD,
             paged.cache.v_NSKD, num_heads=spec.num_heads, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim,
-            **norms,
+            gemma=self.gemma, **self.norms,
         )  # fmt: skip
         wanted = (q_THD, paged.meta) if outputs is None else (q_THD[outputs.index_L], outputs.meta)
         return paged.attend(*wanted).flatten(1)
