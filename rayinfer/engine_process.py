@@ -72,7 +72,7 @@ class EngineProcess:
         self._limit, self._looked = _NO_LIMIT, 0.0
         self._child: _Child | None = None
         self._closed = False
-        self._lost, self._stats = EngineStats(), EngineStats()  # of processes that died, and of this one
+        self._lost, self._stats = EngineStats(), EngineStats()  # of processes that died (no gauges), and of this one
         self._ids = count()
         ready: Future[None] = Future()
         # One thread for all its processes: Linux ends a child with the thread that started it.
@@ -196,9 +196,7 @@ class EngineProcess:
             sent = [request_id for request_id in self._rows if request_id not in self._unsent]
             ran = [request_id for request_id in sent if request_id in self._admitted] or sent
             logger.error("the engine is replaced, %d rows ran in it: %s\n%s", len(ran), child.reason, child.stacks)
-            for name in {f.name for f in fields(EngineStats)} - set(_GAUGES):
-                setattr(self._lost, name, getattr(self._lost, name) + getattr(self._stats, name))
-            self._child, self._stats = None, EngineStats()
+            self._child, self._lost, self._stats = None, self.stats(), EngineStats()
             self._unsent = dict.fromkeys(self._rows)
             self._admitted.clear()
             for request_id in ran:
