@@ -9,7 +9,7 @@ Shapes: T tokens, C channels, M positions, R rotary size.
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from rayinfer.attention.base import StepOutputs
@@ -34,15 +34,15 @@ class Norm(nn.Module):
 
     def __init__(self, norm: nn.Module, gemma: bool):
         super().__init__()
-        self.weight: torch.Tensor = norm.weight  # type: ignore[assignment]
+        self.weight: Tensor = norm.weight  # type: ignore[assignment]
         self.eps = float(norm.eps if hasattr(norm, "eps") else norm.variance_epsilon)  # type: ignore[arg-type]
         self.gemma = gemma
         self.ops = get_ops(self.weight.device)
 
-    def forward(self, x_TC: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_TC: Tensor) -> Tensor:
         return self.ops.rms_norm(x_TC, self.weight, self.eps, gemma=self.gemma)
 
-    def add(self, x_TC: torch.Tensor | None, stream_TC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def add(self, x_TC: Tensor | None, stream_TC: Tensor) -> tuple[Tensor, Tensor]:
         """Return (norm(x + stream), x + stream); without an x, (norm(stream), stream)."""
         if x_TC is None:
             return self(stream_TC), stream_TC
@@ -64,9 +64,7 @@ class FusedAttention(nn.Module):
             q_norm = Norm(attention.q_norm, gemma)
             self.norms = {"q_weight": q_norm.weight, "k_weight": attention.k_norm.weight, "eps": q_norm.eps}
 
-    def forward(
-        self, x_TC: torch.Tensor, cos_MR: torch.Tensor, sin_MR: torch.Tensor, outputs: StepOutputs | None = None
-    ) -> torch.Tensor:
+    def forward(self, x_TC: Tensor, cos_MR: Tensor, sin_MR: Tensor, outputs: StepOutputs | None = None) -> Tensor:
         paged, spec = self.paged, self.paged.spec
         q_THD = self.ops.qk_norm_rope_write(
             self.qkv(x_TC), cos_MR, sin_MR, paged.meta.positions_T, paged.meta.slot_mapping_T, paged.cache.k_NSKD,
@@ -87,7 +85,7 @@ class FusedMLP(nn.Module):
         self.kind = kind
         self.ops = get_ops(self.down.weight.device)
 
-    def forward(self, x_TC: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_TC: Tensor) -> Tensor:
         return self.ops.act_mul(self.gate_up(x_TC), self.kind)
 
 
@@ -108,9 +106,8 @@ class FusedLayer(nn.Module):
             self.pre_mlp = Norm(layer.post_attention_layernorm, gemma)
 
     def forward(
-        self, x_TC: torch.Tensor | None, stream_TC: torch.Tensor, cos_MR: torch.Tensor, sin_MR: torch.Tensor,
-        outputs: StepOutputs | None = None,
-    ) -> tuple[torch.Tensor | None, torch.Tensor]:  # fmt: skip
+        self, x_TC: Tensor | None, stream_TC: Tensor, cos_MR: Tensor, sin_MR: Tensor, outputs: StepOutputs | None = None
+    ) -> tuple[Tensor | None, Tensor]:
         """Take and return (what the last block gave, the stream it is still to be added to); None if it was added.
 
         With `outputs`, keys and values of all tokens are written, and the rest is done for the tokens it names alone.
@@ -133,9 +130,7 @@ class FusedLayer(nn.Module):
         return torch.cat(parts) if parts else None, stream_TC
 
 
-def _end_block(
-    product: Linear, x_TI: torch.Tensor, norm: Norm | None, stream_TC: torch.Tensor
-) -> tuple[torch.Tensor | None, torch.Tensor]:
+def _end_block(product: Linear, x_TI: Tensor, norm: Norm | None, stream_TC: Tensor) -> tuple[Tensor | None, Tensor]:
     """What `FusedLayer.forward` returns, of a block whose last product and norm after it are given.
 
     Without a norm the stream is added to in place.
@@ -167,7 +162,7 @@ class FusedDecoder(nn.Module):
         return self.embed_tokens
 
     def forward(
-        self, input_ids: torch.Tensor | None = None, inputs_embeds: torch.Tensor | None = None, **_: Any
+        self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **_: Any
     ) -> BaseModelOutputWithPast:
         """Token ids [1, T] or embeddings [1, T, C] to hidden states [1, T, C]; positions come with the step.
 
@@ -182,7 +177,7 @@ class FusedDecoder(nn.Module):
         return BaseModelOutputWithPast(last_hidden_state=self.norm.add(x_TC, stream_TC)[0][None])
 
 
-def _rotary_tables(base: Any, kind: str, num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _rotary_tables(base: Any, kind: str, num_positions: int) -> tuple[Tensor, Tensor]:
     """cos and sin [M, R] from the model's own rotary module, whatever scaling it does, in the model's dtype."""
     weight = base.embed_tokens.weight
     positions = torch.arange(num_positions, device=weight.device)[None]

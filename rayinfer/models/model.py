@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rayinfer.attention.base import AttentionBackend, LayerCache, StepMeta
 from rayinfer.models.paged import PagedState
@@ -60,9 +60,7 @@ class Model:
         self._state.prefill, self._state.decode = prefill, decode
 
     @torch.inference_mode()
-    def forward(
-        self, input_ids_T: torch.Tensor, meta: StepMeta, logits_index_L: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def forward(self, input_ids_T: Tensor, meta: StepMeta, logits_index_L: Tensor | None = None) -> Tensor:
         """Compute one step: write its keys and values, return logits [L, V] in the model's dtype.
 
         Args:
@@ -74,9 +72,7 @@ class Model:
         forward = self._forward_one_by_one if self.one_by_one else self._forward
         return forward(input_ids_T, meta, logits_index_L)
 
-    def _forward_one_by_one(
-        self, input_ids_T: torch.Tensor, meta: StepMeta, logits_index_L: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _forward_one_by_one(self, input_ids_T: Tensor, meta: StepMeta, logits_index_L: Tensor | None) -> Tensor:
         """Each token a step of its own, in the order of positions: rows of a step may share blocks that it fills."""
         if meta.outputs is not None:
             logits_index_L = meta.outputs.index_L
@@ -95,7 +91,7 @@ class Model:
             logits[token] = self._forward(input_ids_T[at], one, None if token in wanted else none)
         return torch.cat([logits[token] for token in wanted] or [logits[0][:0]])
 
-    def _forward(self, input_ids_T: torch.Tensor, meta: StepMeta, logits_index_L: torch.Tensor | None) -> torch.Tensor:
+    def _forward(self, input_ids_T: Tensor, meta: StepMeta, logits_index_L: Tensor | None) -> Tensor:
         self._state.meta = meta
         if self.fused and meta.outputs is not None:
             logits_index_L = None  # the last layer has left the others out
