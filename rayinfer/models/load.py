@@ -261,7 +261,7 @@ def _pretrained(
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)] if weights else AutoModelForCausalLM
     place = {"state_dict": weights} if weights else source.hub_kwargs()
     try:
-        loaded: Any = kind.from_pretrained(
+        module, report = kind.from_pretrained(
             None if weights else source.path, config=hf_config, dtype=dtype,
             device_map=None if device.type == "cpu" else {"": device}, attn_implementation=ATTENTION,
             trust_remote_code=config.trust_remote_code,
@@ -273,9 +273,7 @@ def _pretrained(
     except (OSError, ValueError, RuntimeError, UnpicklingError) as error:
         raise ConfigError(f"model = {config.model!r}: cannot be loaded: {error}") from error
     weights.clear()  # or what is merged and freed below would live on there
-    module, report = loaded
-    if report["missing_keys"] or report["mismatched_keys"]:
-        names = sorted(str(key) for key in (report["missing_keys"] or report["mismatched_keys"]))
+    if names := sorted(map(str, report["missing_keys"] or report["mismatched_keys"])):
         raise ConfigError(
             f"model = {config.model!r}: its weights do not fit {type(module).__name__}: {len(names)} tensors are "
             f"missing or of another shape, {names[0]} first"

@@ -46,10 +46,8 @@ def find_source(model: str, revision: str | None = None) -> Source:
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ConfigError(f"model = {model!r}: no such file (a .gguf is a local file; download it first)")
-        missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
-        if missing:
-            names = " and ".join(missing)
-            raise ConfigError(f"model = {model!r}: a .gguf needs the package {names}: pip install 'rayinfer[gguf]'")
+        if importlib.util.find_spec("gguf") is None:
+            raise ConfigError(f"model = {model!r}: a .gguf needs the package gguf: pip install 'rayinfer[gguf]'")
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
                 raise ConfigError(f"model = {model!r}: not a GGUF file (it does not begin with the bytes GGUF)")
