@@ -134,12 +134,11 @@ class ChatTemplate:
 class Templated(str):
     """A prompt made of a template and a row; `marked` is the same text with marks around control tokens of the row."""
 
-    marked: str | None = None
+    marked: str | None
 
-    @classmethod
-    def of(cls, text: str) -> Templated:
+    def __new__(cls, text: str) -> Templated:
         """Of a text whose row went through `ControlTokens.mark`."""
-        self = cls(unmarked(text))
+        self = super().__new__(cls, unmarked(text))
         self.marked = text if START in text else None
         return self
 
