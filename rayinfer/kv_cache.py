@@ -74,10 +74,11 @@ class BlockPool:
         request.prefix_id = 0
 
     def match(self, request: Request, num_tokens: int) -> list[int]:
-        """Blocks that hold the longest known prefix of the row's first `num_tokens` tokens, without taking them."""
+        """Blocks that hold the longest known prefix of the row's first `num_tokens` tokens, without taking them.
+
+        Without prefix caching no block is known.
+        """
         found: list[int] = []
-        if not self.enable_prefix_caching:
-            return found
         size, prefix_id = self.block_size, 0
         for start in range(0, num_tokens - size + 1, size):
             entry = self._known.get((prefix_id, tuple(request.tokens(start, start + size))))
