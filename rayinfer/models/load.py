@@ -129,9 +129,8 @@ def _inspect(config: EngineConfig) -> tuple[Source, PreTrainedConfig, ModelInfo]
     except RuntimeError:
         pass  # mixtures of experts route by values, which meta tensors lack: looked at again with the weights
     except (KeyError, TypeError, AttributeError, AssertionError) as error:
-        raise UnsupportedModelError(
-            f"{architecture} does not run with attention from outside, or not with this config: {error!r}"
-        ) from error
+        reason = f"does not run with attention from outside, or not with this config: {error!r}"
+        raise UnsupportedModelError(f"{architecture} {reason}") from error
     return source, hf_config, info
 
 
@@ -187,20 +186,17 @@ def _check_architecture(config: EngineConfig, hf_config: PreTrainedConfig) -> st
     quantization = getattr(hf_config, "quantization_config", None)
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise UnsupportedModelError(
-            f"model = {config.model!r}: weights quantized by {method!r} are not supported; use the unquantized model"
-        )
+        reason = f"weights quantized by {method!r} are not supported; use the unquantized model"
+        raise UnsupportedModelError(f"model = {config.model!r}: {reason}")
     if config.trust_remote_code and "AutoModelForCausalLM" in (getattr(hf_config, "auto_map", None) or {}):
         return hf_config.auto_map["AutoModelForCausalLM"].split(".")[-1]
     if type(hf_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UnsupportedModelError(
-            f"model_type {kind!r} ({type(hf_config).__name__}) is not a causal language model; {WAY_OUT}"
-        )
+        name = f"model_type {kind!r} ({type(hf_config).__name__})"
+        raise UnsupportedModelError(f"{name} is not a causal language model; {WAY_OUT}")
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)]
     if not model_class._supports_attention_backend:
-        raise UnsupportedModelError(
-            f"{model_class.__name__} does not route its attention through transformers' AttentionInterface; {WAY_OUT}"
-        )
+        reason = f"does not route its attention through transformers' AttentionInterface; {WAY_OUT}"
+        raise UnsupportedModelError(f"{model_class.__name__} {reason}")
     return model_class.__name__
 
 

@@ -165,8 +165,7 @@ def _check_hub(source: Source, name: str) -> None:
     try:
         found = any(file_exists(source.path, name, revision=source.revision) for name in names)
     except Exception as error:  # whatever a network gives
-        raise ConfigError(
-            f"model = {source.path!r}: its weights are not in the cache and the hub cannot be asked: {error}"
-        ) from None
+        reason = f"its weights are not in the cache and the hub cannot be asked: {error}"
+        raise ConfigError(f"model = {source.path!r}: {reason}") from None
     if not found:
         raise ConfigError(f"model = {source.path!r}: the hub has no {name} for it; pickles want load_format='pt'")
