@@ -111,10 +111,9 @@ class Census:
 
     def pack(self) -> dict[str, Any]:
         """As JSON, so that a resumed job need not read its source to count it."""
-        digest = self.key_digest()
         return {
             "format": self.format, "schema": base64.b64encode(self.schema.serialize()).decode(),
-            "num_rows": self.num_rows, "keys": digest.hex(), "num_files": self.num_files,
+            "num_rows": self.num_rows, "keys": self.key_digest().hex(), "num_files": self.num_files,
             "num_skipped_files": self.num_skipped_files,
             "units": [[unit.file, unit.name, unit.first_row, unit.num_rows, unit.first_group] for unit in self.units],
         }  # fmt: skip
@@ -170,11 +169,8 @@ def list_source(spec: SourceSpec) -> Listing:
         infos: dict[str, Any] = {}
         if fs.isdir(path):
             root = path.rstrip("/")
-            infos = {
-                file: info
-                for file, info in fs.find(path, detail=True).items()
-                if not any(part.startswith(("_", ".")) for part in file.removeprefix(root).split("/"))
-            }
+            found = fs.find(path, detail=True).items()
+            infos = {file: info for file, info in found if not re.search(r"(^|/)[_.]", file.removeprefix(root))}
         elif fs.exists(path):
             infos = {path: fs.info(path)}
         elif any(c in path for c in "*?["):
