@@ -126,8 +126,7 @@ def paged_prefill(
         inputs = (q_THD, k_NSKD, v_NSKD, block_table_RP, seq_lens_R, query_start_R1)
         return hopper_prefill(*inputs, max_query_len=max_query_len, scale=scale, out_THD=out_THD)
     block_d = max(16, triton.next_power_of_2(head_dim))
-    shape = _launch_shape(block_d, q_THD.element_size(), group, max_query_len, fixed)
-    block_m, block_n, num_warps, num_stages = shape
+    block_m, block_n, num_warps, num_stages = _launch_shape(block_d, q_THD.element_size(), group, max_query_len, fixed)
     num_tiles = triton.cdiv(max_query_len, block_m // group)
     _prefill_kernel[(num_tiles, num_kv_heads, num_rows)](
         q_THD, k_NSKD, v_NSKD, out_THD, block_table_RP, seq_lens_R, query_start_R1, q_THD.stride()[:2],

@@ -54,8 +54,7 @@ class Sink(Table):
     def change(self, table: Any, add: list[Part], remove: list[Any], told: dict[str, str]) -> None:
         transaction = table.transaction()
         if table.name_mapping() is None:  # parts know their columns by name
-            mapping = table.schema().name_mapping.model_dump_json()
-            transaction.set_properties(**{"schema.name-mapping.default": mapping})
+            transaction.set_properties(**{"schema.name-mapping.default": table.schema().name_mapping.model_dump_json()})
         update = transaction.update_snapshot(snapshot_properties=told)
         with update.overwrite() if remove else update.merge_append() as snapshot:
             for part in add:

@@ -20,9 +20,8 @@ FAILED = tuple(f"__rayinfer_{name}" for name in ERROR_COLUMNS)
 ENCODED = pa.schema([(TOKEN_IDS, pa.list_(pa.int32())), *((name, pa.string()) for name in (PARAMS, *FAILED))])
 HIDDEN = (*ENCODED.names, ROW)
 
-_LOGPROBS = pa.list_(
-    pa.struct([("token_id", pa.int32()), ("logprob", pa.float32()), ("rank", pa.int32()), ("token", pa.string())])
-)
+_ENTRY = pa.struct([("token_id", pa.int32()), ("logprob", pa.float32()), ("rank", pa.int32()), ("token", pa.string())])
+_LOGPROBS = pa.list_(_ENTRY)
 OUTPUT = pa.schema(
     [
         ("generated_text", pa.string()),

@@ -194,8 +194,7 @@ class InputProcessor:
     def _check_ids(self, ids: Iterable[int], kind: ErrorType, source: str) -> None:
         for token in ids:
             if not 0 <= token < self.info.vocab_size:
-                text = f"{source}: {token} is out of the vocabulary, 0 to {self.info.vocab_size - 1}"
-                raise RowError(kind, text)
+                raise RowError(kind, f"{source}: {token} is out of the vocabulary, 0 to {self.info.vocab_size - 1}")
 
 
 def _bad(message: str) -> RowError:

@@ -6,7 +6,6 @@ first R of D), M table positions, N KV blocks, S slots of a block. No input but 
 
 import functools
 import sys
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,11 +27,7 @@ def _triton_ops() -> SimpleNamespace:
     return SimpleNamespace(**names, qk_norm_rope_write=rope_kv.qk_norm_rope_write, write_kv=rope_kv.write_kv)
 
 
-_ACT: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-}
+_ACT: dict[str, Any] = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
 
 
 def rms_norm(x_TC: Tensor, weight_C: Tensor, eps: float, *, gemma: bool = False) -> Tensor:
