@@ -51,10 +51,8 @@ def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
-_SANDBOX = Sandbox(
-    filters={"tojson": _to_json}, trim_blocks=True, lstrip_blocks=True,
-    extensions=[_Generation, "jinja2.ext.loopcontrols"],
-)  # fmt: skip
+_EXTENSIONS = [_Generation, "jinja2.ext.loopcontrols"]
+_SANDBOX = Sandbox(filters={"tojson": _to_json}, extensions=_EXTENSIONS, trim_blocks=True, lstrip_blocks=True)
 _SANDBOX.globals.update(raise_exception=_refuse, strftime_now=lambda form: datetime.now().strftime(form))
 
 
