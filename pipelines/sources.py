@@ -8,8 +8,6 @@ Every row goes through Ray as `row_key` (string), `row_number` (int64; its place
 (string; why the row could not be read, else null).
 """
 
-from __future__ import annotations
-
 import base64
 import importlib
 import re
@@ -18,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import accumulate
-from typing import Any
+from typing import Any, Self
 from urllib.parse import unquote
 
 import fsspec
@@ -119,7 +117,7 @@ class Census:
         }  # fmt: skip
 
     @classmethod
-    def unpack(cls, spec: SourceSpec, packed: dict[str, Any]) -> Census:
+    def unpack(cls, spec: SourceSpec, packed: dict[str, Any]) -> Self:
         schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(packed["schema"])))
         digest = KeyDigest.of(packed["num_rows"], packed["keys"])
         units = _numbered(Unit(*fields) for fields in packed["units"])

@@ -1,12 +1,10 @@
 """From a row to token ids: chat template, tokenizer, limits. Needs no weights, so it runs on any CPU."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -65,9 +63,7 @@ class InputProcessor:
         self.max_model_len = self.info.max_model_len
         self._chat_args = chat_template, dict(chat_template_kwargs or {})
 
-    def with_template(
-        self, chat_template: str | None, chat_template_kwargs: Mapping[str, Any] | None
-    ) -> InputProcessor:
+    def with_template(self, chat_template: str | None, chat_template_kwargs: Mapping[str, Any] | None) -> Self:
         """The same tokenizer and limits with another chat template."""
         other = copy.copy(self)
         other._chat_args = chat_template, dict(chat_template_kwargs or {})

@@ -4,8 +4,6 @@
 engine starts; `load_model` does the same and then loads.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 from collections.abc import Callable
