@@ -21,12 +21,10 @@ class Sink(Table):
 
     def __init__(self, sink: SinkSpec, store: Store):
         super().__init__(sink, store)
-        assert sink.table is not None  # SinkSpec saw to both
-        assert sink.catalog is not None
-        self._name = sink.table
+        catalog, self._name = sink.catalog or CatalogSpec(), sink.table or ""  # SinkSpec saw to both
         self._location = (sink.uri if "://" in sink.uri else f"file://{sink.uri}").rstrip("/")
         try:
-            self._catalog = load_catalog(sink.catalog.name, **sink.catalog.settings())
+            self._catalog = load_catalog(catalog.name, **catalog.settings())
         except Exception as error:
             raise ConfigError(f"sink.catalog: cannot be opened: {self.say(error)}") from None
 

@@ -106,8 +106,7 @@ def _take(inbox: _Inbox, wait: bool) -> list[tuple[str, EncodedRow]]:
 
 def _die_with(parent_pid: int) -> None:
     """Have Linux kill this process when its parent ends, even if no thread of it can run; elsewhere the pipe tells."""
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)
-    if prctl is not None:
+    if (prctl := getattr(ctypes.CDLL(None), "prctl", None)) is not None:
         prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent_pid:
             os._exit(0)

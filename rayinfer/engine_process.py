@@ -198,8 +198,7 @@ class EngineProcess:
             for request_id in ran:
                 self._rows[request_id].num_crashes += 1
             again = [request_id for request_id in ran if self._rows[request_id].num_crashes > 1]
-            guilty = self._suspects.crashed(again, sent)
-            if guilty is None:
+            if (guilty := self._suspects.crashed(again, sent)) is None:
                 return
             row, times = self._rows[guilty].row, self._rows[guilty].num_crashes
             # Greedy rows that are equal do the same: each would have to be found anew.

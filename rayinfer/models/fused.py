@@ -194,8 +194,7 @@ def fuse(module: nn.Module, num_positions: int) -> bool:
         num_positions: rows of the rotary tables, so the longest sequence that can run.
     """
     for path, base in list(module.named_modules()):
-        gemma = FUSED.get(f"{type(base).__module__}.{type(base).__qualname__}")
-        if gemma is None:
+        if (gemma := FUSED.get(f"{type(base).__module__}.{type(base).__qualname__}")) is None:
             continue
         config = base.config
         kind = _ACT.get(getattr(config, "hidden_activation", None) or config.hidden_act)  # type: ignore[union-attr, arg-type]

@@ -181,8 +181,7 @@ def _check_architecture(config: EngineConfig, hf_config: PreTrainedConfig) -> st
     kind = hf_config.model_type
     if getattr(hf_config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"model_type {kind!r} is an encoder-decoder; {WAY_OUT}")
-    quantization = getattr(hf_config, "quantization_config", None)
-    if quantization is not None:
+    if (quantization := getattr(hf_config, "quantization_config", None)) is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         reason = f"weights quantized by {method!r} are not supported; use the unquantized model"
         raise UnsupportedModelError(f"model = {config.model!r}: {reason}")

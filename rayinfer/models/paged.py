@@ -77,8 +77,7 @@ class _Recorder:
         scaling: float | None = None, sliding_window: int | None = None, softcap: float | None = None, **kwargs: Any,
     ) -> Tensor:  # fmt: skip
         name = type(module).__name__
-        unknown = sorted(key for key, value in kwargs.items() if value is not None and key not in _HARMLESS)
-        if unknown:
+        if unknown := sorted(key for key, value in kwargs.items() if value is not None and key not in _HARMLESS):
             raise UnsupportedModelError(f"{name} wants {', '.join(unknown)} of its attention, which is not supported")
         if attention_mask is not None:
             raise UnsupportedModelError(f"{name} brings its own attention mask; {WAY_OUT}")

@@ -128,8 +128,7 @@ def _check_shards(folder: Path, index: str) -> None:
     except (ValueError, KeyError) as error:
         raise ConfigError(f"model file {folder / index} cannot be read: {error!r}; download it again") from None
     names = sorted(set(weight_map.values()))
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
+    if missing := [name for name in names if not (folder / name).is_file()]:
         raise ConfigError(
             f"model = {str(folder)!r}: {len(missing)} of {len(names)} weight files that {index} names are missing: "
             f"{', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}"
@@ -150,8 +149,7 @@ def _check_shard(path: Path, tensors: list[str], index: str) -> None:
     except SafetensorError as error:
         size = f"not a safetensors file or cut short ({path.stat().st_size} bytes)"
         raise ConfigError(f"model file {path}: {size}: {error}; download it again") from None
-    absent = [tensor for tensor in tensors if tensor not in held]
-    if absent:
+    if absent := [tensor for tensor in tensors if tensor not in held]:
         raise ConfigError(f"model file {path}: lacks tensor {absent[0]!r}, which {index} says it holds")
 
 
