@@ -88,7 +88,7 @@ class SeamStore(Store):
             self._do("remove", [name])
 
 
-for _name in ("put", "put_if_absent", "read", "size", "sizes"):
+for _name in ("put", "create", "read", "size", "sizes"):
     setattr(SeamStore, _name, lambda self, *args, _name=_name: self._do(_name, *args))
 
 

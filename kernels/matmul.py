@@ -67,6 +67,11 @@ def default_tile(itemsize: int) -> Tile:
     return Tile(128, 128, 64, 8, 8, 2) if torch.version.hip else Tile(128, 256, 64, 8, 8, 4)
 
 
+def _is_aligned(t: torch.Tensor) -> bool:
+    """As the tensor memory accelerator wants it: address and stride are multiples of 16 bytes."""
+    return (t.is_meta or t.data_ptr() % 16 == 0) and t.stride(0) * t.element_size() % 16 == 0
+
+
 def matmul(
     x_MI: torch.Tensor, w_OI: torch.Tensor, bias_O: torch.Tensor | None = None, *, tile: Tile | None = None,
     tma: bool | None = None,
@@ -90,11 +95,7 @@ def matmul(
         return out_MO
     tile = tile or default_tile(x_MI.element_size())
     if tma is None:
-        tma = not torch.version.hip and all(
-            address % 16 == 0
-            for t in (x_MI, w_OI)
-            for address in (0 if t.is_meta else t.data_ptr(), t.stride(0) * t.element_size())
-        )
+        tma = not torch.version.hip and _is_aligned(x_MI) and _is_aligned(w_OI)
     loads: tuple[Any, Any] = (x_MI, w_OI)
     if tma:
         blocks = ((x_MI, [tile.m, tile.i]), (w_OI, [tile.o, tile.i]))

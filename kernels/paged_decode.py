@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from rayinfer.kernels.paged_tiles import FLOOR, attend_tiles, check_cache, merge_kernel, num_processors
+from rayinfer.kernels.paged_tiles import FLOOR, attend_tiles, check_inputs, merge_kernel, num_processors
 
 # With fewer tiles each, a program's start and the merge cost more than the tiles.
 _MIN_TILES = 2
@@ -159,9 +159,7 @@ def paged_decode(
     num_rows, num_heads, head_dim = q_BHD.shape
     num_kv_heads, group = k_NSKD.shape[2], num_heads // k_NSKD.shape[2]
     device = q_BHD.device
-    check_cache(k_NSKD, v_NSKD)
-    assert q_BHD.stride(2) == block_table_BP.stride(1) == 1
-    assert num_heads == group * num_kv_heads
+    check_inputs(q_BHD, k_NSKD, v_NSKD, block_table_BP)
     out_BHD = torch.empty_like(q_BHD) if out_BHD is None else out_BHD
     if num_rows == 0:
         return out_BHD

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from rayinfer.kernels.hopper_prefill import hopper_prefill, takes
-from rayinfer.kernels.paged_tiles import FLOOR, attend_tiles, check_cache
+from rayinfer.kernels.paged_tiles import FLOOR, attend_tiles, check_inputs
 
 
 # These vary from step to step: a value that is 1 or a multiple of 16, or another alignment, would compile anew.
@@ -118,9 +118,7 @@ def paged_prefill(
     num_heads, head_dim = q_THD.shape[1:]
     num_rows, num_kv_heads = seq_lens_R.shape[0], k_NSKD.shape[2]
     group = num_heads // num_kv_heads
-    check_cache(k_NSKD, v_NSKD)
-    assert q_THD.stride(2) == block_table_RP.stride(1) == 1
-    assert num_heads == group * num_kv_heads
+    check_inputs(q_THD, k_NSKD, v_NSKD, block_table_RP)
     out_THD = torch.empty_like(q_THD) if out_THD is None else out_THD
     if num_rows == 0 or max_query_len == 0:
         return out_THD
@@ -128,8 +126,7 @@ def paged_prefill(
         inputs = (q_THD, k_NSKD, v_NSKD, block_table_RP, seq_lens_R, query_start_R1)
         return hopper_prefill(*inputs, max_query_len=max_query_len, scale=scale, out_THD=out_THD)
     block_d = max(16, triton.next_power_of_2(head_dim))
-    shape = _launch_shape(block_d, q_THD.element_size(), group, max_query_len, fixed)
-    block_m, block_n, num_warps, num_stages = shape
+    block_m, block_n, num_warps, num_stages = _launch_shape(block_d, q_THD.element_size(), group, max_query_len, fixed)
     num_tiles = triton.cdiv(max_query_len, block_m // group)
     _prefill_kernel[(num_tiles, num_kv_heads, num_rows)](
         q_THD, k_NSKD, v_NSKD, out_THD, block_table_RP, seq_lens_R, query_start_R1, q_THD.stride()[:2],

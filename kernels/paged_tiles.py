@@ -116,8 +116,10 @@ def num_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def check_cache(k_NSKD: torch.Tensor, v_NSKD: torch.Tensor) -> None:
-    """Our own invariants of a KV cache: one shape, heads contiguous, a power of two of slots a block."""
+def check_inputs(q_THD: torch.Tensor, k_NSKD: torch.Tensor, v_NSKD: torch.Tensor, table_RP: torch.Tensor) -> None:
+    """Our own invariants: heads and block tables contiguous, as many query heads for each KV head, and of the KV cache
+    one shape and a power of two of slots a block."""
     assert k_NSKD.shape == v_NSKD.shape
-    assert k_NSKD.stride(3) == v_NSKD.stride(3) == 1
+    assert q_THD.stride(2) == k_NSKD.stride(3) == v_NSKD.stride(3) == table_RP.stride(1) == 1
+    assert q_THD.shape[1] % k_NSKD.shape[2] == 0
     assert k_NSKD.shape[1] & (k_NSKD.shape[1] - 1) == 0

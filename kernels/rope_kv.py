@@ -7,6 +7,7 @@ M positions of the rotary table, R rotary width; in the kernels, E rows of (toke
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 _ROWS = tl.constexpr(32)  # (token, head) pairs of a program
 
@@ -124,11 +125,10 @@ def _qk_norm_rope_write_kernel(
 
 
 def qk_norm_rope_write(
-    qkv_TC: torch.Tensor, cos_MR: torch.Tensor, sin_MR: torch.Tensor, positions_T: torch.Tensor,
-    slot_mapping_T: torch.Tensor, k_NSKD: torch.Tensor, v_NSKD: torch.Tensor, *, num_heads: int, num_kv_heads: int,
-    head_dim: int, q_weight: torch.Tensor | None = None, k_weight: torch.Tensor | None = None, eps: float = 1e-6,
-    gemma: bool = False,
-) -> torch.Tensor:  # fmt: skip
+    qkv_TC: Tensor, cos_MR: Tensor, sin_MR: Tensor, positions_T: Tensor, slot_mapping_T: Tensor, k_NSKD: Tensor,
+    v_NSKD: Tensor, *, num_heads: int, num_kv_heads: int, head_dim: int, q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None, eps: float = 1e-6, gemma: bool = False,
+) -> Tensor:  # fmt: skip
     """RMS-normalise heads of q and k, rotate them, write k and v into the cache, return q.
 
     Args:
@@ -191,10 +191,7 @@ def _write_kv_kernel(
     tl.store(v_ptr + v_E[:, None] + d_D[None, :], value_ED, mask=mask_ED)
 
 
-def write_kv(
-    k_TKD: torch.Tensor, v_TKD: torch.Tensor, k_NSKD: torch.Tensor, v_NSKD: torch.Tensor,
-    slot_mapping_T: torch.Tensor,
-) -> None:  # fmt: skip
+def write_kv(k_TKD: Tensor, v_TKD: Tensor, k_NSKD: Tensor, v_NSKD: Tensor, slot_mapping_T: Tensor) -> None:
     """Store keys and values of T tokens in the cache at `slot_mapping_T` (int64; -1 writes nothing).
 
     All four tensors are of one dtype; their last dimension is contiguous, the others may be strided.

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from rayinfer.kernels.paged_tiles import FLOOR, attend_tiles, check_cache, merge_kernel, num_processors
+from rayinfer.kernels.paged_tiles import FLOOR, attend_tiles, check_inputs, merge_kernel, num_processors
 
 # With fewer KV tiles each, a program's start and the merge cost more than the tiles.
 _MIN_TILES = 4
@@ -124,9 +124,7 @@ def shared_prefix(
     num_rows, num_heads, head_dim = q_BHD.shape
     num_kv_heads, num_groups, device = k_NSKD.shape[2], len(group_len_G), q_BHD.device
     group = num_heads // num_kv_heads
-    check_cache(k_NSKD, v_NSKD)
-    assert q_BHD.stride(2) == block_table_BP.stride(1) == 1
-    assert num_heads == group * num_kv_heads
+    check_inputs(q_BHD, k_NSKD, v_NSKD, block_table_BP)
     assert len(group_start_G1) == num_groups + 1
     block_d = max(16, triton.next_power_of_2(head_dim))
     block_m, block_n, num_warps, num_stages, programs_per_sm = _launch_shape(block_d, q_BHD.element_size())

@@ -4,8 +4,6 @@ Ray may lose blocks, give rows twice, or group them otherwise when it runs tasks
 part with rows that are done is written again without them, and missing rows are computed in another round.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import logging
@@ -13,7 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Generator
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import ray
@@ -184,7 +182,7 @@ class _Pump:
         self._queue: queue.Queue[Block | BaseException | None] = queue.Queue(2 * MAX_WRITES)
         self._thread = threading.Thread(target=self._run, name="rayinfer-blocks", daemon=True)
 
-    def __enter__(self) -> _Pump:
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 

@@ -27,9 +27,8 @@ class Sink(Table):
         except TableNotFoundError:
             return None
         if table.transaction_version(OWNER) is None:
-            raise ConfigError(
-                f"sink.uri = {self.sink.uri!r}: holds a Delta table that no job made; name another folder"
-            )
+            what = "holds a Delta table that no job made; name another folder"
+            raise ConfigError(f"sink.uri = {self.sink.uri!r}: {what}")
         return table
 
     def files(self, table: Any) -> Iterable[tuple[str, Any]]:

@@ -21,12 +21,10 @@ class Sink(Table):
 
     def __init__(self, sink: SinkSpec, store: Store):
         super().__init__(sink, store)
-        assert sink.table is not None  # SinkSpec saw to both
-        assert sink.catalog is not None
-        self._name = sink.table
+        catalog, self._name = sink.catalog or CatalogSpec(), sink.table or ""  # SinkSpec saw to both
         self._location = (sink.uri if "://" in sink.uri else f"file://{sink.uri}").rstrip("/")
         try:
-            self._catalog = load_catalog(sink.catalog.name, **sink.catalog.settings())
+            self._catalog = load_catalog(catalog.name, **catalog.settings())
         except Exception as error:
             raise ConfigError(f"sink.catalog: cannot be opened: {self.say(error)}") from None
 
@@ -54,8 +52,7 @@ class Sink(Table):
     def change(self, table: Any, add: list[Part], remove: list[Any], told: dict[str, str]) -> None:
         transaction = table.transaction()
         if table.name_mapping() is None:  # parts know their columns by name
-            mapping = table.schema().name_mapping.model_dump_json()
-            transaction.set_properties(**{"schema.name-mapping.default": mapping})
+            transaction.set_properties(**{"schema.name-mapping.default": table.schema().name_mapping.model_dump_json()})
         update = transaction.update_snapshot(snapshot_properties=told)
         with update.overwrite() if remove else update.merge_append() as snapshot:
             for part in add:

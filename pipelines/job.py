@@ -1,10 +1,8 @@
 """The job file: what to read, what to ask, which model, where the table goes."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
@@ -58,7 +56,7 @@ class _PlaceSpec(_Spec):
     catalog: Annotated[CatalogSpec | None, Field(description="Iceberg: where the table's name is kept")] = None
 
     @model_validator(mode="after")
-    def _table_named(self) -> _PlaceSpec:
+    def _table_named(self) -> Self:
         for name in ("table", "catalog"):
             if (getattr(self, name) is None) == (self.format == "iceberg"):
                 raise ValueError(f"{name} is given if format is iceberg, and only then")
@@ -133,7 +131,7 @@ class JobSpec(_Spec):
     on_error: Annotated[Literal["record", "raise"], Field(description="record: a failed row costs one row")] = "record"
 
     @model_validator(mode="after")
-    def _one_template(self) -> JobSpec:
+    def _one_template(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("want exactly one of prompt and messages")
         return self
@@ -142,7 +140,7 @@ class JobSpec(_Spec):
         return PromptTemplate(self.prompt, [(m.role, m.content) for m in self.messages or ()])
 
     @classmethod
-    def parse(cls, value: Any, *, place: str = "job", base: str | os.PathLike[str] = ".") -> JobSpec:
+    def parse(cls, value: Any, *, place: str = "job", base: str | os.PathLike[str] = ".") -> Self:
         """Validate a mapping; `place` begins every error line, `base` is what relative paths hang on."""
         if not isinstance(value, dict):
             raise ConfigError(f"{place}: want a mapping with source, prompt or messages, model and sink")

@@ -1,12 +1,10 @@
 """What a person sees while a job runs: a live line on a terminal, a plain line every few seconds elsewhere."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -41,7 +39,7 @@ class Progress:
         self._spinner = Spinner("dots")
         self._thread = threading.Thread(target=self._run, name="rayinfer-progress", daemon=True)
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Self:
         if self._live:
             self._live.start()
         self._thread.start()

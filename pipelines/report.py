@@ -1,11 +1,9 @@
 """What a job came to: the row equation, the errors, tokens, time, and a few rows to look at."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.table import Table
@@ -75,7 +73,7 @@ class JobResult:
             setattr(self, name, sum(getattr(part, name) for part in parts))
 
     @classmethod
-    def of_marker(cls, marker: Mapping[str, Any], seconds: dict[str, float]) -> JobResult:
+    def of_marker(cls, marker: Mapping[str, Any], seconds: dict[str, float]) -> Self:
         """What a job came to whose success marker is there."""
         known = {field.name for field in fields(cls) if field.init}
         result = cls(**{key: value for key, value in marker.items() if key in known})

@@ -8,8 +8,6 @@ Every row goes through Ray as `row_key` (string), `row_number` (int64; its place
 (string; why the row could not be read, else null).
 """
 
-from __future__ import annotations
-
 import base64
 import importlib
 import re
@@ -18,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import accumulate
-from typing import Any
+from typing import Any, Self
 from urllib.parse import unquote
 
 import fsspec
@@ -111,16 +109,15 @@ class Census:
 
     def pack(self) -> dict[str, Any]:
         """As JSON, so that a resumed job need not read its source to count it."""
-        digest = self.key_digest()
         return {
             "format": self.format, "schema": base64.b64encode(self.schema.serialize()).decode(),
-            "num_rows": self.num_rows, "keys": digest.hex(), "num_files": self.num_files,
+            "num_rows": self.num_rows, "keys": self.key_digest().hex(), "num_files": self.num_files,
             "num_skipped_files": self.num_skipped_files,
             "units": [[unit.file, unit.name, unit.first_row, unit.num_rows, unit.first_group] for unit in self.units],
         }  # fmt: skip
 
     @classmethod
-    def unpack(cls, spec: SourceSpec, packed: dict[str, Any]) -> Census:
+    def unpack(cls, spec: SourceSpec, packed: dict[str, Any]) -> Self:
         schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(packed["schema"])))
         digest = KeyDigest.of(packed["num_rows"], packed["keys"])
         units = _numbered(Unit(*fields) for fields in packed["units"])
@@ -170,11 +167,8 @@ def list_source(spec: SourceSpec) -> Listing:
         infos: dict[str, Any] = {}
         if fs.isdir(path):
             root = path.rstrip("/")
-            infos = {
-                file: info
-                for file, info in fs.find(path, detail=True).items()
-                if not any(part.startswith(("_", ".")) for part in file.removeprefix(root).split("/"))
-            }
+            found = fs.find(path, detail=True).items()
+            infos = {file: info for file, info in found if not re.search(r"(^|/)[_.]", file.removeprefix(root))}
         elif fs.exists(path):
             infos = {path: fs.info(path)}
         elif any(c in path for c in "*?["):

@@ -32,15 +32,8 @@ class Store:
         """Write a file that no reader sees half of; one of that name is replaced."""
         self.fs.pipe_file(f"{self.folder}/{name}", data)
 
-    def put_if_absent(self, name: str, data: bytes) -> bool:
-        """Write a file; False, and nothing changed, if there is one of that name."""
-        try:
-            self._create(name, data)
-        except FileExistsError:
-            return False
-        return True
-
-    def _create(self, name: str, data: bytes) -> None:
+    def create(self, name: str, data: bytes) -> None:
+        """Write a file; raises FileExistsError, and changes nothing, if there is one of that name."""
         with _MEMORY_LOCK if "memory" in _protocols(self.fs) else contextlib.nullcontext():
             self.fs.pipe_file(f"{self.folder}/{name}", data, mode="create")
 
@@ -84,7 +77,7 @@ class LocalStore(Store):
     def put(self, name: str, data: bytes) -> None:
         self._place(name, data, os.replace)
 
-    def _create(self, name: str, data: bytes) -> None:
+    def create(self, name: str, data: bytes) -> None:
         self._place(name, data, os.link)
 
     def _place(self, name: str, data: bytes, move: Any) -> None:
@@ -120,8 +113,10 @@ def claim(store: Store, name: str, data: bytes) -> bool:
     for seconds in RETRY_SECONDS:
         time.sleep(seconds)
         try:
-            if store.put_if_absent(name, data):
-                return True
+            store.create(name, data)
+            return True
+        except FileExistsError:
+            pass
         except Exception as problem:  # each store's client has errors of its own
             error = problem
         try:

@@ -82,7 +82,7 @@ class PromptTemplate:
         except Exception as error:
             raise RowError(ErrorType.TEMPLATE_ERROR, f"the template raised {describe(error, row)}") from None
         if self._roles is None:
-            return {"prompt": Templated.of(texts[0])}
+            return {"prompt": Templated(texts[0])}
         return {"messages": [{"role": role, "content": text} for role, text in zip(self._roles, texts, strict=True)]}
 
 

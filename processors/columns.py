@@ -20,23 +20,14 @@ FAILED = tuple(f"__rayinfer_{name}" for name in ERROR_COLUMNS)
 ENCODED = pa.schema([(TOKEN_IDS, pa.list_(pa.int32())), *((name, pa.string()) for name in (PARAMS, *FAILED))])
 HIDDEN = (*ENCODED.names, ROW)
 
-_LOGPROBS = pa.list_(
-    pa.struct([("token_id", pa.int32()), ("logprob", pa.float32()), ("rank", pa.int32()), ("token", pa.string())])
-)
-OUTPUT = pa.schema(
-    [
-        ("generated_text", pa.string()),
-        ("generated_tokens", pa.list_(pa.int32())),
-        ("num_input_tokens", pa.int32()),
-        ("num_generated_tokens", pa.int32()),
-        ("num_cached_tokens", pa.int32()),
-        ("finish_reason", pa.string()),
-        ("logprobs", pa.list_(_LOGPROBS)),
-        ("prompt_logprobs", pa.list_(_LOGPROBS)),
-        *((name, pa.string()) for name in ERROR_COLUMNS),
-        ("attempts", pa.int32()),
-    ]
-)
+_ENTRY = pa.struct([("token_id", pa.int32()), ("logprob", pa.float32()), ("rank", pa.int32()), ("token", pa.string())])
+_LOGPROBS = pa.list_(_ENTRY)
+OUTPUT = pa.schema([
+    ("generated_text", pa.string()), ("generated_tokens", pa.list_(pa.int32())),
+    ("num_input_tokens", pa.int32()), ("num_generated_tokens", pa.int32()), ("num_cached_tokens", pa.int32()),
+    ("finish_reason", pa.string()), ("logprobs", pa.list_(_LOGPROBS)), ("prompt_logprobs", pa.list_(_LOGPROBS)),
+    *((name, pa.string()) for name in ERROR_COLUMNS), ("attempts", pa.int32()),
+])  # fmt: skip
 WHEN_ASKED = ("logprobs", "prompt_logprobs")
 
 

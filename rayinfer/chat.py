@@ -51,10 +51,8 @@ def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
-_SANDBOX = Sandbox(
-    filters={"tojson": _to_json}, trim_blocks=True, lstrip_blocks=True,
-    extensions=[_Generation, "jinja2.ext.loopcontrols"],
-)  # fmt: skip
+_EXTENSIONS = [_Generation, "jinja2.ext.loopcontrols"]
+_SANDBOX = Sandbox(filters={"tojson": _to_json}, extensions=_EXTENSIONS, trim_blocks=True, lstrip_blocks=True)
 _SANDBOX.globals.update(raise_exception=_refuse, strftime_now=lambda form: datetime.now().strftime(form))
 
 
@@ -134,12 +132,11 @@ class ChatTemplate:
 class Templated(str):
     """A prompt made of a template and a row; `marked` is the same text with marks around control tokens of the row."""
 
-    marked: str | None = None
+    marked: str | None
 
-    @classmethod
-    def of(cls, text: str) -> Templated:
+    def __new__(cls, text: str) -> Templated:
         """Of a text whose row went through `ControlTokens.mark`."""
-        self = cls(unmarked(text))
+        self = super().__new__(cls, unmarked(text))
         self.marked = text if START in text else None
         return self
 

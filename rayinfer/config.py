@@ -1,8 +1,6 @@
 """Engine configuration. Names are vLLM's where vLLM has the setting."""
 
-from __future__ import annotations
-
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -47,7 +45,7 @@ class EngineConfig(BaseModel):
     seed: Annotated[int, Field(ge=0, lt=2**63, description="random streams of rows that bring no seed")] = 0
 
     @classmethod
-    def parse(cls, **kwargs: Any) -> EngineConfig:
+    def parse(cls, **kwargs: Any) -> Self:
         """Validate keyword arguments, with errors a person can act on."""
         try:
             return cls(**kwargs)

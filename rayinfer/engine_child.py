@@ -13,9 +13,9 @@ import signal
 import sys
 import threading
 import time
-from collections import deque
 from dataclasses import replace
 from multiprocessing.connection import Connection
+from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from rayinfer.errors import RowError
@@ -26,6 +26,8 @@ from rayinfer.start import start_engine
 if TYPE_CHECKING:
     from rayinfer.engine import Engine
 
+_Inbox = SimpleQueue[list[tuple[str, EncodedRow]]]
+
 HEARTBEAT_S = 0.2
 _PR_SET_PDEATHSIG = 1
 
@@ -35,9 +37,9 @@ def main(read_fd: int, write_fd: int, dump_fd: int, parent_pid: int) -> None:
     faulthandler.enable(dump_fd)  # also what the parent sends to an engine that hangs: SIGABRT
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     _die_with(parent_pid)
-    inbox, outbox = _Inbox(Connection(read_fd, writable=False)), Connection(write_fd, readable=False)
+    outbox = Connection(write_fd, readable=False)
     try:
-        _serve(inbox, outbox)
+        _serve(Connection(read_fd, writable=False), outbox)
     except BaseException as error:
         outbox.send(("died", f"{type(error).__name__}: {error}"[:500]))
         raise
@@ -46,9 +48,9 @@ def main(read_fd: int, write_fd: int, dump_fd: int, parent_pid: int) -> None:
         sys.stderr.flush()
 
 
-def _serve(inbox: _Inbox, outbox: Connection) -> None:
+def _serve(pipe: Connection, outbox: Connection) -> None:
     try:
-        engine = start_engine(inbox.pipe.recv())
+        engine = start_engine(pipe.recv())
     except ValueError as error:  # ConfigError: the user's to change
         outbox.send(("refused", error))
         return
@@ -56,11 +58,12 @@ def _serve(inbox: _Inbox, outbox: Connection) -> None:
     _prove(engine)
     engine.on_admit = lambda ids: outbox.send(("admitted", ids))
     outbox.send(("ready", None))
-    threading.Thread(target=inbox.fill, name="rayinfer-inbox", daemon=True).start()
+    inbox: _Inbox = SimpleQueue()
+    threading.Thread(target=_read, args=(pipe, inbox), name="rayinfer-inbox", daemon=True).start()
     told = 0.0
     while True:
         finished: list[RequestOutput] = []
-        for request_id, row in inbox.take(wait=not engine.has_work):
+        for request_id, row in _take(inbox, wait=not engine.has_work):
             try:
                 engine.add(request_id, row)
             except RowError as error:
@@ -84,38 +87,26 @@ def _prove(engine: Engine) -> None:
     engine.stats = EngineStats()
 
 
-class _Inbox:
-    """Rows from the parent, read by a thread so that a full pipe never holds the parent up."""
+def _read(pipe: Connection, inbox: _Inbox) -> None:
+    """Rows from the parent, read in a thread so that a full pipe never holds the parent up."""
+    try:
+        while True:
+            inbox.put(pipe.recv())
+    except (EOFError, OSError):  # closed, or the parent died: nobody waits for what is left
+        os._exit(0)
 
-    def __init__(self, pipe: Connection):
-        self.pipe = pipe  # the config comes first
-        self._rows: deque[tuple[str, EncodedRow]] = deque()
-        self._wake = threading.Condition()
 
-    def fill(self) -> None:
-        try:
-            while True:
-                rows = self.pipe.recv()
-                with self._wake:
-                    self._rows.extend(rows)
-                    self._wake.notify()
-        except (EOFError, OSError):  # closed, or the parent died: nobody waits for what is left
-            os._exit(0)
-
-    def take(self, wait: bool) -> list[tuple[str, EncodedRow]]:
-        """All rows that have come; waits for some if there is nothing else to do."""
-        with self._wake:
-            while wait and not self._rows:
-                self._wake.wait()
-            taken = list(self._rows)
-            self._rows.clear()
-        return taken
+def _take(inbox: _Inbox, wait: bool) -> list[tuple[str, EncodedRow]]:
+    """All rows that have come; waits for some if there is nothing else to do."""
+    rows = inbox.get() if wait else []
+    while not inbox.empty():
+        rows += inbox.get()
+    return rows
 
 
 def _die_with(parent_pid: int) -> None:
     """Have Linux kill this process when its parent ends, even if no thread of it can run; elsewhere the pipe tells."""
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)
-    if prctl is not None:
+    if (prctl := getattr(ctypes.CDLL(None), "prctl", None)) is not None:
         prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent_pid:
             os._exit(0)

@@ -20,7 +20,7 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, fields
 from itertools import count
-from multiprocessing.connection import Connection
+from multiprocessing import Pipe
 from typing import Any
 
 from rayinfer.config import EngineConfig
@@ -72,7 +72,7 @@ class EngineProcess:
         self._limit, self._looked = _NO_LIMIT, 0.0
         self._child: _Child | None = None
         self._closed = False
-        self._lost, self._stats = EngineStats(), EngineStats()  # of processes that died, and of this one
+        self._lost, self._stats = EngineStats(), EngineStats()  # of processes that died (no gauges), and of this one
         self._ids = count()
         ready: Future[None] = Future()
         # One thread for all its processes: Linux ends a child with the thread that started it.
@@ -117,18 +117,15 @@ class EngineProcess:
             while not self._closed:
                 child = _Child(self._config)
                 try:
-                    started = child.wait_until_ready(lambda: self._closed)
-                    if started:
-                        num_failed = 0
+                    if started := child.wait_until_ready(lambda: self._closed):
                         self._serve(child, ready)
                 finally:
                     child.end()
                 if self._closed:
                     break
-                if not started:
-                    num_failed += 1
-                    if num_failed == MAX_FAILED_STARTS:
-                        raise RuntimeError(f"the engine's process died while it started: {child.reason}")
+                num_failed = 0 if started else num_failed + 1
+                if num_failed == MAX_FAILED_STARTS:
+                    raise RuntimeError(f"the engine's process died while it started: {child.reason}")
                 self._died(child)
         except BaseException as error:
             self.error = error
@@ -186,8 +183,7 @@ class EngineProcess:
             short = free < MIN_FREE_MEMORY * total
             self._limit = max(1, min(self._limit, num_sent) // 2) if short else min(2 * self._limit, _NO_LIMIT)
             if short:
-                full = 100 - 100 * free / total
-                logger.warning("memory is %.0f %% full: at most %d rows at once", full, self._limit)
+                logger.warning("memory is %.0f %% full: at most %d rows at once", 100 * (1 - free / total), self._limit)
         return self._limit - num_sent
 
     def _died(self, child: _Child) -> None:
@@ -196,16 +192,13 @@ class EngineProcess:
             sent = [request_id for request_id in self._rows if request_id not in self._unsent]
             ran = [request_id for request_id in sent if request_id in self._admitted] or sent
             logger.error("the engine is replaced, %d rows ran in it: %s\n%s", len(ran), child.reason, child.stacks)
-            for name in {f.name for f in fields(EngineStats)} - set(_GAUGES):
-                setattr(self._lost, name, getattr(self._lost, name) + getattr(self._stats, name))
-            self._child, self._stats = None, EngineStats()
+            self._child, self._lost, self._stats = None, self.stats(), EngineStats()
             self._unsent = dict.fromkeys(self._rows)
             self._admitted.clear()
             for request_id in ran:
                 self._rows[request_id].num_crashes += 1
             again = [request_id for request_id in ran if self._rows[request_id].num_crashes > 1]
-            guilty = self._suspects.crashed(again, sent)
-            if guilty is None:
+            if (guilty := self._suspects.crashed(again, sent)) is None:
                 return
             row, times = self._rows[guilty].row, self._rows[guilty].num_crashes
             # Greedy rows that are equal do the same: each would have to be found anew.
@@ -272,17 +265,16 @@ class _Child:
     def __init__(self, config: EngineConfig):
         self.reason = ""  # why it ended
         self._longest: float | None = None  # seconds until a step ended
-        (read_fd, its_write_fd), (its_read_fd, write_fd) = os.pipe(), os.pipe()
+        (self._inbox, its_outbox), (its_inbox, self._outbox) = Pipe(duplex=False), Pipe(duplex=False)
         self._dump = tempfile.TemporaryFile()  # noqa: SIM115  # it is gone with this object
-        fds = its_read_fd, its_write_fd, self._dump.fileno()
+        fds = its_inbox.fileno(), its_outbox.fileno(), self._dump.fileno()
         code = (
             f"import sys; sys.path[:] = {[path or os.getcwd() for path in sys.path]!r}; "
             f"from rayinfer.engine_child import main; main{(*fds, os.getpid())}"
         )
         self._process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL, pass_fds=fds)
-        os.close(its_read_fd)
-        os.close(its_write_fd)
-        self._inbox, self._outbox = Connection(read_fd, writable=False), Connection(write_fd, readable=False)
+        its_inbox.close()
+        its_outbox.close()
         self.send(config)
 
     @property

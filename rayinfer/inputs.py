@@ -1,12 +1,10 @@
 """From a row to token ids: chat template, tokenizer, limits. Needs no weights, so it runs on any CPU."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -62,14 +60,10 @@ class InputProcessor:
     ):  # fmt: skip
         self.info = info or inspect_model(config)
         self.tokenizer = load_tokenizer(config)
-        max_model_len = config.max_model_len or self.info.max_position_embeddings
-        assert max_model_len is not None, "inspect_model refuses a model without a limit"
-        self.max_model_len = max_model_len
+        self.max_model_len = self.info.max_model_len
         self._chat_args = chat_template, dict(chat_template_kwargs or {})
 
-    def with_template(
-        self, chat_template: str | None, chat_template_kwargs: Mapping[str, Any] | None
-    ) -> InputProcessor:
+    def with_template(self, chat_template: str | None, chat_template_kwargs: Mapping[str, Any] | None) -> Self:
         """The same tokenizer and limits with another chat template."""
         other = copy.copy(self)
         other._chat_args = chat_template, dict(chat_template_kwargs or {})
@@ -196,8 +190,7 @@ class InputProcessor:
     def _check_ids(self, ids: Iterable[int], kind: ErrorType, source: str) -> None:
         for token in ids:
             if not 0 <= token < self.info.vocab_size:
-                text = f"{source}: {token} is out of the vocabulary, 0 to {self.info.vocab_size - 1}"
-                raise RowError(kind, text)
+                raise RowError(kind, f"{source}: {token} is out of the vocabulary, 0 to {self.info.vocab_size - 1}")
 
 
 def _bad(message: str) -> RowError:

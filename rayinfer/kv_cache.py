@@ -74,14 +74,14 @@ class BlockPool:
         request.prefix_id = 0
 
     def match(self, request: Request, num_tokens: int) -> list[int]:
-        """Blocks that hold the longest known prefix of the row's first `num_tokens` tokens, without taking them."""
+        """Blocks that hold the longest known prefix of the row's first `num_tokens` tokens, without taking them.
+
+        Without prefix caching no block is known.
+        """
         found: list[int] = []
-        if not self.enable_prefix_caching:
-            return found
         size, prefix_id = self.block_size, 0
         for start in range(0, num_tokens - size + 1, size):
-            entry = self._known.get((prefix_id, tuple(request.tokens(start, start + size))))
-            if entry is None:
+            if (entry := self._known.get((prefix_id, tuple(request.tokens(start, start + size))))) is None:
                 break
             block, prefix_id = entry
             found.append(block)
@@ -115,8 +115,7 @@ class BlockPool:
         size = self.block_size
         for index in range(request.num_registered_blocks, num_tokens // size):
             key = (request.prefix_id, tuple(request.tokens(index * size, (index + 1) * size)))
-            entry = self._known.get(key)
-            if entry is None:
+            if (entry := self._known.get(key)) is None:
                 block = request.blocks[index]
                 entry = self._known[key] = (block, next(self._ids))
                 self._key_of[block] = key
@@ -129,7 +128,6 @@ class BlockPool:
         self._key_of = [None] * self.num_blocks
 
     def _forget(self, block: int) -> None:
-        key = self._key_of[block]
-        if key is not None:
+        if (key := self._key_of[block]) is not None:
             del self._known[key]
             self._key_of[block] = None

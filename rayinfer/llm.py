@@ -84,7 +84,7 @@ class LLM:
         for index, row in enumerate(rows):
             own = sampling_params[index] if isinstance(sampling_params, Sequence) else sampling_params
             row.setdefault("sampling_params", own)
-        outputs: list[RequestOutput | None] = [None] * len(rows)
+        outputs: dict[int, RequestOutput] = {}
         self._num_calls += 1
         encoded_rows = list(enumerate(inputs.encode_batch(rows)))
         # Rows that may be long come first, so that few of them are left running alone at the end.
@@ -100,9 +100,7 @@ class LLM:
                     self.engine.abort_all()
                     raise RowError(error.type, f"prompt {index}: {error}") from None
                 outputs[index] = failed_output(encoded if isinstance(encoded, EncodedRow) else None, error, request_id)
-        with tqdm(
-            total=len(rows), initial=sum(o is not None for o in outputs), disable=not use_tqdm, unit="row"
-        ) as bar:
+        with tqdm(total=len(rows), initial=len(outputs), disable=not use_tqdm, unit="row") as bar:
             try:
                 while self.engine.has_work:
                     for output in self.engine.step():
@@ -114,7 +112,7 @@ class LLM:
             except BaseException:  # Ctrl-C too: the engine must be usable for the next call
                 self.engine.abort_all()
                 raise
-        return [output for output in outputs if output is not None]
+        return [outputs[index] for index in sorted(outputs)]
 
 
 def _free() -> None:

@@ -6,7 +6,6 @@ first R of D), M table positions, N KV blocks, S slots of a block. No input but 
 
 import functools
 import sys
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,22 +27,18 @@ def _triton_ops() -> SimpleNamespace:
     return SimpleNamespace(**names, qk_norm_rope_write=rope_kv.qk_norm_rope_write, write_kv=rope_kv.write_kv)
 
 
-_ACT: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-}
+_ACT: dict[str, Any] = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
 
 
 def rms_norm(x_TC: Tensor, weight_C: Tensor, eps: float, *, gemma: bool = False) -> Tensor:
     """Root-mean-square norm over the last axis, in fp32 (https://arxiv.org/abs/1910.07467).
 
     gemma=False rounds the normalised values to x's dtype, then multiplies by the weight; gemma=True multiplies by
-    (1 + weight) in fp32, then rounds. Both as transformers does.
+    (1 + weight) in fp32, then rounds. Both as transformers does. A weight of more axes is taken as it broadcasts.
     """
-    if x_TC.dtype == torch.float32:
+    if x_TC.dtype == torch.float32 and weight_C.dim() == 1:
         return F.rms_norm(x_TC, weight_C.shape, weight_C + 1 if gemma else weight_C, eps)
-    normed = F.rms_norm(x_TC.float(), weight_C.shape, None, eps)
+    normed = F.rms_norm(x_TC.float(), x_TC.shape[-1:], None, eps)
     if gemma:
         return normed.mul_(weight_C.float() + 1).to(x_TC.dtype)
     return normed.to(x_TC.dtype).mul_(weight_C)
@@ -64,10 +59,9 @@ def act_mul(x_T2I: Tensor, kind: str) -> Tensor:
 
 
 def qk_norm_rope_write(
-    qkv_TC: Tensor, cos_MR: Tensor, sin_MR: Tensor, positions_T: Tensor,
-    slot_mapping_T: Tensor, k_NSKD: Tensor, v_NSKD: Tensor, *, num_heads: int, num_kv_heads: int,
-    head_dim: int, q_weight: Tensor | None = None, k_weight: Tensor | None = None, eps: float = 1e-6,
-    gemma: bool = False,
+    qkv_TC: Tensor, cos_MR: Tensor, sin_MR: Tensor, positions_T: Tensor, slot_mapping_T: Tensor, k_NSKD: Tensor,
+    v_NSKD: Tensor, *, num_heads: int, num_kv_heads: int, head_dim: int, q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None, eps: float = 1e-6, gemma: bool = False,
 ) -> Tensor:  # fmt: skip
     """Split merged QKV, norm q and k by head (if weights are given), rotate them, write k and v to the cache.
 
@@ -83,11 +77,7 @@ def qk_norm_rope_write(
     qk_TND = qkv_TND[:, : num_heads + num_kv_heads]
     if q_weight is not None and k_weight is not None:
         weight_ND = torch.cat([q_weight.expand(num_heads, -1), k_weight.expand(num_kv_heads, -1)])
-        normed = F.rms_norm(qk_TND.float(), (head_dim,), None, eps)
-        if gemma:
-            qk_TND = normed.mul_(weight_ND.float() + 1).to(qkv_TC.dtype)
-        else:
-            qk_TND = normed.to(qkv_TC.dtype).mul_(weight_ND)
+        qk_TND = rms_norm(qk_TND, weight_ND, eps, gemma=gemma)
     qk_TND = _rotate(qk_TND, cos_MR[positions_T], sin_MR[positions_T])
     q_THD, k_TKD = qk_TND.split([num_heads, num_kv_heads], dim=1)
     write_kv(k_TKD, qkv_TND[:, num_heads + num_kv_heads :], k_NSKD, v_NSKD, slot_mapping_T)
@@ -105,10 +95,7 @@ def _rotate(x_TND: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
     return out_TND
 
 
-def write_kv(
-    k_TKD: Tensor, v_TKD: Tensor, k_NSKD: Tensor, v_NSKD: Tensor,
-    slot_mapping_T: Tensor,
-) -> None:  # fmt: skip
+def write_kv(k_TKD: Tensor, v_TKD: Tensor, k_NSKD: Tensor, v_NSKD: Tensor, slot_mapping_T: Tensor) -> None:
     """Store keys and values at slot_mapping_T (block * S + offset); -1 writes nothing. Any strides of the cache."""
     if slot_mapping_T.numel() and slot_mapping_T.min() < 0:
         used = slot_mapping_T >= 0

@@ -1,9 +1,7 @@
 """What one row asks of the sampler. Names and meanings are vLLM's."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, field_validator, model_validator
@@ -73,7 +71,7 @@ class SamplingParams(BaseModel):
         return value
 
     @model_validator(mode="after")
-    def _consistent(self) -> SamplingParams:
+    def _consistent(self) -> Self:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens})")
         if self.stop and not self.detokenize:
@@ -81,7 +79,7 @@ class SamplingParams(BaseModel):
         return self
 
     @classmethod
-    def from_row(cls, value: Any) -> SamplingParams:
+    def from_row(cls, value: Any) -> Self:
         """Validate what a row carries: None (defaults), a mapping, or a SamplingParams."""
         if isinstance(value, cls):
             return value

@@ -106,31 +106,25 @@ class FlashInferBackend(PackageBackend):
         self, q_THD: Tensor, cache: LayerCache, spec: LayerSpec, meta: StepMeta, out_THD: Tensor, rows: slice
     ) -> None:
         key = replace(spec, layer=0), rows.stop is None
-        if key not in self._plans:
+        wrapper, planned, tokens = self._plans.get(key, (None, None, slice(0)))
+        if wrapper is None:
             wrapper = self.module.BatchPrefillWithPagedKVCacheWrapper(self._space, backend="fa2")
-            self._plans[key] = wrapper, None, slice(0)
-        wrapper, planned, tokens = self._plans[key]
-        if planned is not meta:
-            tokens = self._plan(wrapper, cache, spec, meta, rows, q_THD.dtype)
+        if planned is not meta:  # a plan is for all layers alike
+            lens_R, start_R1 = meta.seq_lens_R[rows].cpu(), meta.query_start_R1.cpu()
+            start_R1 = start_R1[rows.start : rows.stop and rows.stop + 1]
+            table_RP, size = meta.block_table_RP[rows], cache.k_NSKD.shape[1]
+            pages_R = (lens_R + size - 1) // size
+            used_RP = torch.arange(table_RP.shape[1]) < pages_R[:, None]
+            wrapper.plan(
+                start_R1 - start_R1[0], F.pad(pages_R.cumsum(0), (1, 0)).int(),
+                table_RP[used_RP.to(table_RP.device)], lens_R - (pages_R - 1) * size, spec.num_heads,
+                spec.num_kv_heads, spec.head_dim, size, causal=True, sm_scale=spec.scale,
+                window_left=(spec.sliding_window or 0) - 1, logits_soft_cap=spec.softcap, q_data_type=q_THD.dtype,
+                seq_lens=lens_R,
+            )  # fmt: skip
+            tokens = slice(int(start_R1[0]), int(start_R1[-1]))
             self._plans[key] = wrapper, meta, tokens
         wrapper.run(q_THD[tokens], (cache.k_NSKD, cache.v_NSKD), out=out_THD[tokens])
-
-    def _plan(
-        self, wrapper: Any, cache: LayerCache, spec: LayerSpec, meta: StepMeta, rows: slice, dtype: torch.dtype
-    ) -> slice:
-        """Plan these rows for all layers alike; returns their tokens of the step."""
-        lens_R, start_R1 = meta.seq_lens_R[rows].cpu(), meta.query_start_R1.cpu()
-        start_R1 = start_R1[rows.start : rows.stop and rows.stop + 1]
-        table_RP, size = meta.block_table_RP[rows], cache.k_NSKD.shape[1]
-        pages_R = (lens_R + size - 1) // size
-        used_RP = torch.arange(table_RP.shape[1]) < pages_R[:, None]
-        wrapper.plan(
-            start_R1 - start_R1[0], F.pad(pages_R.cumsum(0), (1, 0)).int(),
-            table_RP[used_RP.to(table_RP.device)], lens_R - (pages_R - 1) * size, spec.num_heads, spec.num_kv_heads,
-            spec.head_dim, size, causal=True, sm_scale=spec.scale, window_left=(spec.sliding_window or 0) - 1,
-            logits_soft_cap=spec.softcap, q_data_type=dtype, seq_lens=lens_R,
-        )  # fmt: skip
-        return slice(int(start_R1[0]), int(start_R1[-1]))
 
 
 PACKAGES = {backend.name: backend for backend in (FlashAttnBackend, FlashInferBackend)}

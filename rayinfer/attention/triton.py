@@ -65,10 +65,8 @@ class TritonBackend:
         rows = (q_THD[:num], cache.k_NSKD, cache.v_NSKD, meta.block_table_RP[:num])
         shared: dict[str, Any] = {}
         # The keys that a window shows are not the same for all rows of a group.
-        if meta.group_start_G1 is not None and spec.sliding_window is None:
-            assert meta.group_len_G is not None
-            groups = meta.group_start_G1, meta.group_len_G
-            prefix = shared_prefix(*rows, *groups, scale=spec.scale, softcap=spec.softcap)
+        if meta.group_start_G1 is not None and meta.group_len_G is not None and spec.sliding_window is None:
+            prefix = shared_prefix(*rows, meta.group_start_G1, meta.group_len_G, scale=spec.scale, softcap=spec.softcap)
             shared = dict(shared_len_B=meta.shared_len_B, prefix=prefix)
         paged_decode(
             *rows, meta.seq_lens_R[:num], scale=spec.scale, sliding_window=spec.sliding_window,

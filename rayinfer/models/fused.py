@@ -9,7 +9,7 @@ Shapes: T tokens, C channels, M positions, R rotary size.
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from rayinfer.attention.base import StepOutputs
@@ -34,15 +34,15 @@ class Norm(nn.Module):
 
     def __init__(self, norm: nn.Module, gemma: bool):
         super().__init__()
-        self.weight: torch.Tensor = norm.weight  # type: ignore[assignment]
+        self.weight: Tensor = norm.weight  # type: ignore[assignment]
         self.eps = float(norm.eps if hasattr(norm, "eps") else norm.variance_epsilon)  # type: ignore[arg-type]
         self.gemma = gemma
         self.ops = get_ops(self.weight.device)
 
-    def forward(self, x_TC: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_TC: Tensor) -> Tensor:
         return self.ops.rms_norm(x_TC, self.weight, self.eps, gemma=self.gemma)
 
-    def add(self, x_TC: torch.Tensor | None, stream_TC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def add(self, x_TC: Tensor | None, stream_TC: Tensor) -> tuple[Tensor, Tensor]:
         """Return (norm(x + stream), x + stream); without an x, (norm(stream), stream)."""
         if x_TC is None:
             return self(stream_TC), stream_TC
@@ -55,25 +55,21 @@ class FusedAttention(nn.Module):
     def __init__(self, attention: Any, gemma: bool):
         super().__init__()
         self.paged: PagedLayer = attention.paged
+        self.gemma = gemma
         self.qkv = Linear.merge([attention.q_proj, attention.k_proj, attention.v_proj])
         self.out = Linear.merge([attention.o_proj])
         self.ops = get_ops(self.out.weight.device)
-        q_norm = getattr(attention, "q_norm", None)
-        self.q_norm = None if q_norm is None else Norm(q_norm, gemma)
-        self.k_norm = None if q_norm is None else Norm(attention.k_norm, gemma)
+        self.norms: dict[str, Any] = {}
+        if getattr(attention, "q_norm", None) is not None:
+            q_norm = Norm(attention.q_norm, gemma)
+            self.norms = {"q_weight": q_norm.weight, "k_weight": attention.k_norm.weight, "eps": q_norm.eps}
 
-    def forward(
-        self, x_TC: torch.Tensor, cos_MR: torch.Tensor, sin_MR: torch.Tensor, outputs: StepOutputs | None = None
-    ) -> torch.Tensor:
+    def forward(self, x_TC: Tensor, cos_MR: Tensor, sin_MR: Tensor, outputs: StepOutputs | None = None) -> Tensor:
         paged, spec = self.paged, self.paged.spec
-        norms: dict[str, Any] = {}
-        if self.q_norm is not None and self.k_norm is not None:
-            norms = {"q_weight": self.q_norm.weight, "k_weight": self.k_norm.weight}
-            norms |= {"eps": self.q_norm.eps, "gemma": self.q_norm.gemma}
         q_THD = self.ops.qk_norm_rope_write(
             self.qkv(x_TC), cos_MR, sin_MR, paged.meta.positions_T, paged.meta.slot_mapping_T, paged.cache.k_NSKD,
             paged.cache.v_NSKD, num_heads=spec.num_heads, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim,
-            **norms,
+            gemma=self.gemma, **self.norms,
         )  # fmt: skip
         wanted = (q_THD, paged.meta) if outputs is None else (q_THD[outputs.index_L], outputs.meta)
         return paged.attend(*wanted).flatten(1)
@@ -89,7 +85,7 @@ class FusedMLP(nn.Module):
         self.kind = kind
         self.ops = get_ops(self.down.weight.device)
 
-    def forward(self, x_TC: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_TC: Tensor) -> Tensor:
         return self.ops.act_mul(self.gate_up(x_TC), self.kind)
 
 
@@ -110,9 +106,8 @@ class FusedLayer(nn.Module):
             self.pre_mlp = Norm(layer.post_attention_layernorm, gemma)
 
     def forward(
-        self, x_TC: torch.Tensor | None, stream_TC: torch.Tensor, cos_MR: torch.Tensor, sin_MR: torch.Tensor,
-        outputs: StepOutputs | None = None,
-    ) -> tuple[torch.Tensor | None, torch.Tensor]:  # fmt: skip
+        self, x_TC: Tensor | None, stream_TC: Tensor, cos_MR: Tensor, sin_MR: Tensor, outputs: StepOutputs | None = None
+    ) -> tuple[Tensor | None, Tensor]:
         """Take and return (what the last block gave, the stream it is still to be added to); None if it was added.
 
         With `outputs`, keys and values of all tokens are written, and the rest is done for the tokens it names alone.
@@ -135,9 +130,7 @@ class FusedLayer(nn.Module):
         return torch.cat(parts) if parts else None, stream_TC
 
 
-def _end_block(
-    product: Linear, x_TI: torch.Tensor, norm: Norm | None, stream_TC: torch.Tensor
-) -> tuple[torch.Tensor | None, torch.Tensor]:
+def _end_block(product: Linear, x_TI: Tensor, norm: Norm | None, stream_TC: Tensor) -> tuple[Tensor | None, Tensor]:
     """What `FusedLayer.forward` returns, of a block whose last product and norm after it are given.
 
     Without a norm the stream is added to in place.
@@ -169,7 +162,7 @@ class FusedDecoder(nn.Module):
         return self.embed_tokens
 
     def forward(
-        self, input_ids: torch.Tensor | None = None, inputs_embeds: torch.Tensor | None = None, **_: Any
+        self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **_: Any
     ) -> BaseModelOutputWithPast:
         """Token ids [1, T] or embeddings [1, T, C] to hidden states [1, T, C]; positions come with the step.
 
@@ -184,7 +177,7 @@ class FusedDecoder(nn.Module):
         return BaseModelOutputWithPast(last_hidden_state=self.norm.add(x_TC, stream_TC)[0][None])
 
 
-def _rotary_tables(base: Any, kind: str, num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _rotary_tables(base: Any, kind: str, num_positions: int) -> tuple[Tensor, Tensor]:
     """cos and sin [M, R] from the model's own rotary module, whatever scaling it does, in the model's dtype."""
     weight = base.embed_tokens.weight
     positions = torch.arange(num_positions, device=weight.device)[None]
@@ -201,8 +194,7 @@ def fuse(module: nn.Module, num_positions: int) -> bool:
         num_positions: rows of the rotary tables, so the longest sequence that can run.
     """
     for path, base in list(module.named_modules()):
-        gemma = FUSED.get(f"{type(base).__module__}.{type(base).__qualname__}")
-        if gemma is None:
+        if (gemma := FUSED.get(f"{type(base).__module__}.{type(base).__qualname__}")) is None:
             continue
         config = base.config
         kind = _ACT.get(getattr(config, "hidden_activation", None) or config.hidden_act)  # type: ignore[union-attr, arg-type]

@@ -2,40 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-
-class LinearMethod(Protocol):
-    """How a `Linear` is computed: unquantized here; FP8, W4A16 and LoRA are other methods."""
-
-    def apply(self, layer: Linear, x_TI: torch.Tensor, onto_TO: torch.Tensor | None = None) -> torch.Tensor:
-        """Return [T, O]; for x of [1, T, I] (the output layer's), [1, T, O]. Or add it to `onto`, in place."""
+# How a `Linear` is computed, of (layer, x [T, I], onto [T, O] or None): returns [T, O]; for x of [1, T, I] (the output
+# layer's), [1, T, O]. Or adds it to `onto`, in place. Unquantized here; FP8, W4A16 and LoRA are other methods.
+LinearMethod = Callable[["Linear", torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
-class Unquantized:
+def unquantized(layer: Linear, x_TI: torch.Tensor, onto_TO: torch.Tensor | None) -> torch.Tensor:
     """y = x W^T + b in the weights' dtype."""
-
-    def apply(self, layer: Linear, x_TI: torch.Tensor, onto_TO: torch.Tensor | None = None) -> torch.Tensor:
-        if onto_TO is None:
-            return F.linear(x_TI, layer.weight, layer.bias)
-        if x_TI.is_cuda and layer.bias is None:  # the product reads and writes `onto` itself: two passes fewer
-            return onto_TO.addmm_(x_TI, layer.weight.t())
-        return onto_TO.add_(F.linear(x_TI, layer.weight, layer.bias))
+    if onto_TO is None:
+        return F.linear(x_TI, layer.weight, layer.bias)
+    if x_TI.is_cuda and layer.bias is None:  # the product reads and writes `onto` itself: two passes fewer
+        return onto_TO.addmm_(x_TI, layer.weight.t())
+    return onto_TO.add_(F.linear(x_TI, layer.weight, layer.bias))
 
 
-class FixedOrder:
+def fixed_order(layer: Linear, x_TI: torch.Tensor, onto_TO: torch.Tensor | None) -> torch.Tensor:
     """The same by a kernel that sums in one order: a row's result does not depend on the batch that it is in."""
+    from rayinfer.kernels.matmul import matmul
 
-    def apply(self, layer: Linear, x_TI: torch.Tensor, onto_TO: torch.Tensor | None = None) -> torch.Tensor:
-        from rayinfer.kernels.matmul import matmul
-
-        out_TO = matmul(x_TI.flatten(0, -2), layer.weight, layer.bias).unflatten(0, x_TI.shape[:-1])
-        return out_TO if onto_TO is None else onto_TO.add_(out_TO)
+    out_TO = matmul(x_TI.flatten(0, -2), layer.weight, layer.bias).unflatten(0, x_TI.shape[:-1])
+    return out_TO if onto_TO is None else onto_TO.add_(out_TO)
 
 
 class Linear(nn.Module):
@@ -45,7 +37,7 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(weight_OI, requires_grad=False)
         self.bias = None if bias_O is None else nn.Parameter(bias_O, requires_grad=False)
-        self.method: LinearMethod = Unquantized()
+        self.method: LinearMethod = unquantized
 
     @classmethod
     def merge(cls, parts: Sequence[nn.Linear]) -> Linear:
@@ -60,4 +52,4 @@ class Linear(nn.Module):
         return cls(weight, bias)
 
     def forward(self, x_TI: torch.Tensor, onto_TO: torch.Tensor | None = None) -> torch.Tensor:
-        return self.method.apply(self, x_TI, onto_TO)
+        return self.method(self, x_TI, onto_TO)

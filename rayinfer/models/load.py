@@ -4,8 +4,6 @@
 engine starts; `load_model` does the same and then loads.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 from collections.abc import Callable
@@ -23,7 +21,7 @@ from rayinfer.attention import backend_name
 from rayinfer.config import EngineConfig
 from rayinfer.errors import ConfigError, UnsupportedModelError, nearest
 from rayinfer.models.fused import FUSED, fuse
-from rayinfer.models.linear import FixedOrder, Linear
+from rayinfer.models.linear import Linear, fixed_order
 from rayinfer.models.model import Model, ModelInfo
 from rayinfer.models.paged import ATTENTION, DYNAMIC_ROPE, WAY_OUT, check_config, discover
 from rayinfer.models.source import Source, check_weights, find_source
@@ -60,9 +58,7 @@ def load_model(config: EngineConfig, weights: Callable[[], dict[str, torch.Tenso
         module = _pretrained(config, source, hf_config, info.dtype, device, weights())
     module.eval().requires_grad_(False)
     state = discover(module)
-    num_positions = config.max_model_len or info.max_position_embeddings
-    assert num_positions is not None, "_inspect() wants one of them"
-    fused = config.fuse and fuse(module, num_positions)
+    fused = config.fuse and fuse(module, info.max_model_len)
     one_by_one = config.deterministic and not _fix_order(config, module, device, fused)
     return Model(info, module, state, fused, one_by_one)
 
@@ -93,7 +89,7 @@ def _fix_order(config: EngineConfig, module: nn.Module, device: torch.device, fu
     module.set_output_embeddings(Linear.merge([head]))  # type: ignore[operator]
     for part in module.modules():
         if isinstance(part, Linear):
-            part.method = FixedOrder()
+            part.method = fixed_order
     return True
 
 
@@ -121,9 +117,9 @@ def _inspect(config: EngineConfig) -> tuple[Source, PreTrainedConfig, ModelInfo]
     info = ModelInfo(
         architecture=architecture, vocab_size=text.vocab_size, eos_token_ids=tuple(sorted(eos)),
         max_position_embeddings=getattr(text, "max_position_embeddings", None), dtype=_dtype(config, text),
-        num_layers=text.num_hidden_layers, hidden_size=text.hidden_size,
+        max_model_len=_max_model_len(config, text, architecture), num_layers=text.num_hidden_layers,
+        hidden_size=text.hidden_size,
     )  # fmt: skip
-    _check_length(config, text, info)
     check_config(architecture, text)
     try:
         with torch.device("meta"):
@@ -131,9 +127,8 @@ def _inspect(config: EngineConfig) -> tuple[Source, PreTrainedConfig, ModelInfo]
     except RuntimeError:
         pass  # mixtures of experts route by values, which meta tensors lack: looked at again with the weights
     except (KeyError, TypeError, AttributeError, AssertionError) as error:
-        raise UnsupportedModelError(
-            f"{architecture} does not run with attention from outside, or not with this config: {error!r}"
-        ) from error
+        reason = f"does not run with attention from outside, or not with this config: {error!r}"
+        raise UnsupportedModelError(f"{architecture} {reason}") from error
     return source, hf_config, info
 
 
@@ -186,45 +181,42 @@ def _check_architecture(config: EngineConfig, hf_config: PreTrainedConfig) -> st
     kind = hf_config.model_type
     if getattr(hf_config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"model_type {kind!r} is an encoder-decoder; {WAY_OUT}")
-    quantization = getattr(hf_config, "quantization_config", None)
-    if quantization is not None:
+    if (quantization := getattr(hf_config, "quantization_config", None)) is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise UnsupportedModelError(
-            f"model = {config.model!r}: weights quantized by {method!r} are not supported; use the unquantized model"
-        )
+        reason = f"weights quantized by {method!r} are not supported; use the unquantized model"
+        raise UnsupportedModelError(f"model = {config.model!r}: {reason}")
     if config.trust_remote_code and "AutoModelForCausalLM" in (getattr(hf_config, "auto_map", None) or {}):
         return hf_config.auto_map["AutoModelForCausalLM"].split(".")[-1]
     if type(hf_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UnsupportedModelError(
-            f"model_type {kind!r} ({type(hf_config).__name__}) is not a causal language model; {WAY_OUT}"
-        )
+        name = f"model_type {kind!r} ({type(hf_config).__name__})"
+        raise UnsupportedModelError(f"{name} is not a causal language model; {WAY_OUT}")
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)]
     if not model_class._supports_attention_backend:
-        raise UnsupportedModelError(
-            f"{model_class.__name__} does not route its attention through transformers' AttentionInterface; {WAY_OUT}"
-        )
+        reason = f"does not route its attention through transformers' AttentionInterface; {WAY_OUT}"
+        raise UnsupportedModelError(f"{model_class.__name__} {reason}")
     return model_class.__name__
 
 
-def _check_length(config: EngineConfig, text: PreTrainedConfig, info: ModelInfo) -> None:
-    limit = info.max_position_embeddings
-    if limit is None and config.max_model_len is None:
-        raise ConfigError(f"max_model_len: {info.architecture} names no limit of its own; set max_model_len")
-    if limit is not None and config.max_model_len is not None and config.max_model_len > limit:
+def _max_model_len(config: EngineConfig, text: PreTrainedConfig, architecture: str) -> int:
+    limit = getattr(text, "max_position_embeddings", None)
+    wanted = config.max_model_len or limit
+    if wanted is None:
+        raise ConfigError(f"max_model_len: {architecture} names no limit of its own; set max_model_len")
+    if limit is not None and wanted > limit:
         raise ConfigError(
-            f"max_model_len = {config.max_model_len}: {config.model!r} takes {limit} tokens at most (to stretch it, "
+            f"max_model_len = {wanted}: {config.model!r} takes {limit} tokens at most (to stretch it, "
             "override max_position_embeddings and rope_parameters with hf_overrides)"
         )
     rope = getattr(text, "rope_parameters", None) or {}
     for values in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
         if values.get("rope_type") in DYNAMIC_ROPE:
             static = values.get("original_max_position_embeddings") or limit or 0
-            wanted = config.max_model_len or limit or 0
             if wanted > static:
                 raise UnsupportedModelError(
                     f"rope_type {values['rope_type']!r} changes with the length of a sequence beyond {static} tokens, "
                     f"which is not supported; set max_model_len={static} or less (now {wanted})"
                 )
+    return wanted
 
 
 def _generation_config(source: Source, hf_config: PreTrainedConfig) -> GenerationConfig:
@@ -262,7 +254,7 @@ def _pretrained(
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)] if weights else AutoModelForCausalLM
     place = {"state_dict": weights} if weights else source.hub_kwargs()
     try:
-        loaded: Any = kind.from_pretrained(
+        module, report = kind.from_pretrained(
             None if weights else source.path, config=hf_config, dtype=dtype,
             device_map=None if device.type == "cpu" else {"": device}, attn_implementation=ATTENTION,
             trust_remote_code=config.trust_remote_code,
@@ -274,9 +266,7 @@ def _pretrained(
     except (OSError, ValueError, RuntimeError, UnpicklingError) as error:
         raise ConfigError(f"model = {config.model!r}: cannot be loaded: {error}") from error
     weights.clear()  # or what is merged and freed below would live on there
-    module, report = loaded
-    if report["missing_keys"] or report["mismatched_keys"]:
-        names = sorted(str(key) for key in (report["missing_keys"] or report["mismatched_keys"]))
+    if names := sorted(map(str, report["missing_keys"] or report["mismatched_keys"])):
         raise ConfigError(
             f"model = {config.model!r}: its weights do not fit {type(module).__name__}: {len(names)} tensors are "
             f"missing or of another shape, {names[0]} first"

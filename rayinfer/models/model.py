@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from rayinfer.attention.base import AttentionBackend, LayerCache, LayerSpec, StepMeta
+from rayinfer.attention.base import AttentionBackend, LayerCache, StepMeta
 from rayinfer.models.paged import PagedState
 
 
@@ -19,6 +19,7 @@ class ModelInfo:
     Attributes:
         architecture: the transformers class that runs the model.
         max_position_embeddings: the model's own limit on prompt plus output; None if it names none.
+        max_model_len: the limit that rows have: the configured one, else the model's own.
         eos_token_ids: of the generation config and the model config together, sorted.
         dtype: of the weights once loaded.
     """
@@ -26,6 +27,7 @@ class ModelInfo:
     architecture: str
     vocab_size: int
     max_position_embeddings: int | None
+    max_model_len: int
     eos_token_ids: tuple[int, ...]
     dtype: torch.dtype
     num_layers: int
@@ -46,14 +48,10 @@ class Model:
         self.info = info
         self.module = module
         self.fused, self.one_by_one = fused, one_by_one
-        self._state = state
+        self._state, self.specs = state, state.specs
         weight = next(module.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self._slices_logits = "logits_to_keep" in inspect.signature(module.forward).parameters
-
-    @property
-    def specs(self) -> list[LayerSpec]:
-        return self._state.specs
 
     def bind(self, caches: Sequence[LayerCache], prefill: AttentionBackend, decode: AttentionBackend) -> None:
         """Set the KV cache of each layer and the backends for prompt chunks and single tokens."""
@@ -62,9 +60,7 @@ class Model:
         self._state.prefill, self._state.decode = prefill, decode
 
     @torch.inference_mode()
-    def forward(
-        self, input_ids_T: torch.Tensor, meta: StepMeta, logits_index_L: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def forward(self, input_ids_T: Tensor, meta: StepMeta, logits_index_L: Tensor | None = None) -> Tensor:
         """Compute one step: write its keys and values, return logits [L, V] in the model's dtype.
 
         Args:
@@ -76,9 +72,7 @@ class Model:
         forward = self._forward_one_by_one if self.one_by_one else self._forward
         return forward(input_ids_T, meta, logits_index_L)
 
-    def _forward_one_by_one(
-        self, input_ids_T: torch.Tensor, meta: StepMeta, logits_index_L: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _forward_one_by_one(self, input_ids_T: Tensor, meta: StepMeta, logits_index_L: Tensor | None) -> Tensor:
         """Each token a step of its own, in the order of positions: rows of a step may share blocks that it fills."""
         if meta.outputs is not None:
             logits_index_L = meta.outputs.index_L
@@ -97,7 +91,7 @@ class Model:
             logits[token] = self._forward(input_ids_T[at], one, None if token in wanted else none)
         return torch.cat([logits[token] for token in wanted] or [logits[0][:0]])
 
-    def _forward(self, input_ids_T: torch.Tensor, meta: StepMeta, logits_index_L: torch.Tensor | None) -> torch.Tensor:
+    def _forward(self, input_ids_T: Tensor, meta: StepMeta, logits_index_L: Tensor | None) -> Tensor:
         self._state.meta = meta
         if self.fused and meta.outputs is not None:
             logits_index_L = None  # the last layer has left the others out

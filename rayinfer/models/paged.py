@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from rayinfer.attention.base import AttentionBackend, LayerCache, LayerSpec, StepMeta
@@ -49,7 +49,7 @@ class PagedLayer:
     def cache(self) -> LayerCache:
         return self.state.caches[self.spec.layer]
 
-    def attend(self, q_THD: torch.Tensor, meta: StepMeta) -> torch.Tensor:
+    def attend(self, q_THD: Tensor, meta: StepMeta) -> Tensor:
         """Attend to the cache, which holds this step's keys and values already. Returns [T, H, D], contiguous."""
         out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
         if meta.num_decodes:
@@ -58,7 +58,7 @@ class PagedLayer:
             self.state.prefill.prefill(q_THD, self.cache, self.spec, meta, out_THD)
         return out_THD
 
-    def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: Any) -> torch.Tensor:
+    def __call__(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
         """transformers' layout: query [1, H, T, D], key and value [1, K, T, D]; returns [1, T, H, D]."""
         q_THD, k_TKD, v_TKD = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
         self.state.prefill.write(k_TKD, v_TKD, self.cache, self.meta)
@@ -70,19 +70,16 @@ class _Recorder:
 
     def __init__(self) -> None:
         self.calls: list[tuple[nn.Module, LayerSpec]] = []
-        self.seen: list[torch.Tensor] = []  # queries and keys
+        self.seen: list[Tensor] = []  # queries and keys
 
-    def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        module = kwargs.pop("module")
-        scaling = kwargs.pop("scaling", None)
-        window = kwargs.pop("sliding_window", None)
-        softcap = kwargs.pop("softcap", None)
-        mask = kwargs.pop("attention_mask", None)
+    def __call__(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *,
+        scaling: float | None = None, sliding_window: int | None = None, softcap: float | None = None, **kwargs: Any,
+    ) -> Tensor:  # fmt: skip
         name = type(module).__name__
-        unknown = sorted(key for key, value in kwargs.items() if value is not None and key not in _HARMLESS)
-        if unknown:
+        if unknown := sorted(key for key, value in kwargs.items() if value is not None and key not in _HARMLESS):
             raise UnsupportedModelError(f"{name} wants {', '.join(unknown)} of its attention, which is not supported")
-        if mask is not None:
+        if attention_mask is not None:
             raise UnsupportedModelError(f"{name} brings its own attention mask; {WAY_OUT}")
         if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
             raise UnsupportedModelError(f"{name} is not causal; {WAY_OUT}")
@@ -98,7 +95,7 @@ class _Recorder:
         head_dim = query.shape[-1]
         spec = LayerSpec(
             layer=len(self.calls), num_heads=query.shape[1], num_kv_heads=key.shape[1], head_dim=head_dim,
-            scale=float(head_dim**-0.5 if scaling is None else scaling), sliding_window=window or None,
+            scale=float(head_dim**-0.5 if scaling is None else scaling), sliding_window=sliding_window or None,
             softcap=softcap or None,
         )  # fmt: skip
         self.calls.append((module, spec))
@@ -106,11 +103,8 @@ class _Recorder:
         return query.new_zeros(query.shape).transpose(1, 2)
 
 
-def _paged_attention(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-    attention_mask: torch.Tensor | None = None, **kwargs: Any,
-) -> tuple[torch.Tensor, None]:  # fmt: skip
-    return module.paged(query, key, value, attention_mask=attention_mask, module=module, **kwargs), None  # type: ignore[operator]
+def _paged_attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    return module.paged(module, *args, **kwargs), None  # type: ignore[operator]
 
 
 AttentionInterface.register(ATTENTION, _paged_attention)

@@ -4,11 +4,12 @@ import functools
 import importlib.util
 import json
 import os
-import struct
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from rayinfer.errors import ConfigError
 
@@ -45,10 +46,8 @@ def find_source(model: str, revision: str | None = None) -> Source:
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ConfigError(f"model = {model!r}: no such file (a .gguf is a local file; download it first)")
-        missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
-        if missing:
-            names = " and ".join(missing)
-            raise ConfigError(f"model = {model!r}: a .gguf needs the package {names}: pip install 'rayinfer[gguf]'")
+        if importlib.util.find_spec("gguf") is None:
+            raise ConfigError(f"model = {model!r}: a .gguf needs the package gguf: pip install 'rayinfer[gguf]'")
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
                 raise ConfigError(f"model = {model!r}: not a GGUF file (it does not begin with the bytes GGUF)")
@@ -129,8 +128,7 @@ def _check_shards(folder: Path, index: str) -> None:
     except (ValueError, KeyError) as error:
         raise ConfigError(f"model file {folder / index} cannot be read: {error!r}; download it again") from None
     names = sorted(set(weight_map.values()))
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
+    if missing := [name for name in names if not (folder / name).is_file()]:
         raise ConfigError(
             f"model = {str(folder)!r}: {len(missing)} of {len(names)} weight files that {index} names are missing: "
             f"{', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}"
@@ -140,24 +138,18 @@ def _check_shards(folder: Path, index: str) -> None:
 
 
 def _check_shard(path: Path, tensors: list[str], index: str) -> None:
-    """Compare a safetensors file's header with its size and with the tensors that the index says it holds."""
-    size = path.stat().st_size
+    """Check that a file is whole, and that it holds the tensors that the index says it holds."""
     if path.suffix == ".bin":
         if not zipfile.is_zipfile(path):  # its directory stands at its end
             raise ConfigError(f"model file {path}: cut short, or of torch before 1.6; load and save it again")
         return
     try:
-        with path.open("rb") as file:
-            (header_size,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(header_size)) if header_size < size else {}
-        header.pop("__metadata__", None)
-        wanted = 8 + header_size + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (struct.error, ValueError, KeyError, TypeError):
-        raise ConfigError(f"model file {path}: not a safetensors file or cut short ({size} bytes)") from None
-    if size != wanted:
-        raise ConfigError(f"model file {path}: {size} bytes, but its header says {wanted}; download it again")
-    absent = [tensor for tensor in tensors if tensor not in header]
-    if absent:
+        with safe_open(path, "pt") as file:  # compares the header with the size of the file
+            held = set(file.keys())
+    except SafetensorError as error:
+        size = f"not a safetensors file or cut short ({path.stat().st_size} bytes)"
+        raise ConfigError(f"model file {path}: {size}: {error}; download it again") from None
+    if absent := [tensor for tensor in tensors if tensor not in held]:
         raise ConfigError(f"model file {path}: lacks tensor {absent[0]!r}, which {index} says it holds")
 
 
@@ -171,8 +163,7 @@ def _check_hub(source: Source, name: str) -> None:
     try:
         found = any(file_exists(source.path, name, revision=source.revision) for name in names)
     except Exception as error:  # whatever a network gives
-        raise ConfigError(
-            f"model = {source.path!r}: its weights are not in the cache and the hub cannot be asked: {error}"
-        ) from None
+        reason = f"its weights are not in the cache and the hub cannot be asked: {error}"
+        raise ConfigError(f"model = {source.path!r}: {reason}") from None
     if not found:
         raise ConfigError(f"model = {source.path!r}: the hub has no {name} for it; pickles want load_format='pt'")

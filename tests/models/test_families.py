@@ -71,7 +71,7 @@ def test_forward_needs_no_host_sync(family):
     assert len(state.specs) == config.get_text_config().num_hidden_layers
     for part in module.modules():
         if "paged" in vars(part):
-            part.paged = lambda query, key, value, **_: torch.empty_like(query).transpose(1, 2)
+            part.paged = lambda module, query, key, value, *_, **__: torch.empty_like(query).transpose(1, 2)
     tokens = torch.zeros((1, 3), dtype=torch.int64, device="meta")
     logits = module(input_ids=tokens, position_ids=tokens, use_cache=False, logits_to_keep=index).logits
     assert logits.shape == (1, 1, 97)
