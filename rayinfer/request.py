@@ -104,6 +104,7 @@ class Request:
     output_token_ids: list[int] = field(default_factory=list)
     output_logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=list)
+    rank: int = 0  # the rows that wait are in this order
     slot: int = -1
     blocks: list[int] = field(default_factory=list)
     num_scheduled: int = 0

@@ -6,6 +6,8 @@ the device: tokens that launched steps will yield are counted (`Request.num_pend
 
 from __future__ import annotations
 
+import sys
+from bisect import bisect_right
 from collections import deque
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -96,7 +98,7 @@ class Scheduler:
         self.max_num_batched_tokens, self.max_draft_step = max_num_batched_tokens, max_draft_step
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
-        self.num_preemptions = 0
+        self.num_preemptions = self._num_steps = 0
         self.all_known = False  # the rows that wait are all that there are, the longest first
         self._steps_to_pace, self._pace, self._credit, self._longest, self._shared = 0, 0.0, 0.0, 0, 0
         self._kv_pace: float | None = None  # prompt tokens of a step, see `_pace_for_kv`; 0: rows need not be held back
@@ -115,7 +117,12 @@ class Scheduler:
         return len(self.running) + len(self._free_slots)
 
     def add(self, request: Request) -> None:
-        self.waiting.append(request)
+        """Queue a row. One that may yield N more tokens than another goes before it if it comes at most N steps later.
+
+        So long rows are not left alone at the end, and no row waits for ever; rows of one length come in as they came.
+        """
+        request.rank = self._num_steps - _num_left(request)
+        self.waiting.insert(bisect_right(self.waiting, request.rank, key=lambda row: row.rank), request)
         self._steps_to_pace, self._kv_pace = 0, None
 
     def finish(self, request: Request, forget: bool = False) -> None:
@@ -138,6 +145,7 @@ class Scheduler:
 
     def schedule(self) -> Step | None:
         """The next step, or None when no row can go on before an earlier step has been read."""
+        self._num_steps += 1
         self._new_blocks, self.admitted = [], []
         budget, num_preemptions = self.max_num_batched_tokens, self.num_preemptions
         self._targets_left = PROMPT_LOGPROB_CHUNK
@@ -218,6 +226,7 @@ class Scheduler:
         self.running.remove(request)
         self._release(request)
         self.num_preemptions += 1
+        request.rank = -sys.maxsize
         self.waiting.appendleft(request)
 
     def _release(self, request: Request, forget: bool = False) -> None:

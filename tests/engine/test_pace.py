@@ -156,3 +156,25 @@ def test_rows_that_end_early_hold_up_none():
             step.rows[index].num_pending -= 1
             scheduler.finish(step.rows[index])  # after its first token
     assert steps < 300
+
+
+def test_long_rows_that_come_later_do_not_end_last_of_all():
+    """One that may yield 90 tokens more goes before rows that came up to 90 steps before it, not before older ones."""
+    scheduler = Scheduler(BlockPool(600, 16), 2, 1000)
+
+    def add(name, num):
+        params = SamplingParams(temperature=0, max_tokens=num, ignore_eos=True)
+        scheduler.add(Request(name, [1] * 20, params, max_total_tokens=20 + num))
+
+    add("a", 10)
+    add("b", 10)
+    add("long", 100)
+    assert [row.request_id for row in scheduler.waiting] == ["long", "a", "b"]
+    for _ in range(91):
+        scheduler.schedule()
+        scheduler.running.clear()  # a device that is slow, and slots that nobody gives back
+        scheduler._free_slots.clear()
+    add("later", 100)
+    assert [row.request_id for row in scheduler.waiting] == ["b", "later"]
+    add("more", 102)
+    assert [row.request_id for row in scheduler.waiting] == ["more", "b", "later"]
