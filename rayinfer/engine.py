@@ -25,7 +25,7 @@ from rayinfer.inputs import InputProcessor, check_length
 from rayinfer.kv_cache import BlockPool
 from rayinfer.models.load import load_model
 from rayinfer.request import CompletionOutput, EncodedRow, EngineStats, Logprob, Request, RequestOutput
-from rayinfer.runner import Runner, StepHandle, StepResult
+from rayinfer.runner import Runner, StepHandle
 from rayinfer.runner.memory import is_out_of_memory, num_kv_blocks
 from rayinfer.runner.runner import TopLogprobs
 from rayinfer.scheduler import Scheduler, Step
@@ -92,8 +92,7 @@ class Engine:
         """Launch the next step, then read the one before it; returns the rows that it finished."""
         step = None
         if self._in_flight and self.scheduler.drafts(self.scheduler.running):
-            launched, handle = self._in_flight.popleft()  # drafts go on from tokens that have been read
-            return self._read(launched, handle.read())
+            return self._read(*self._in_flight.popleft())  # drafts go on from tokens that have been read
         try:
             step = self.scheduler.schedule()
             if step is not None:
@@ -113,8 +112,7 @@ class Engine:
         if not self._in_flight:
             assert not self.has_work, "rows are left, none can be scheduled and no step is in flight"
             return []
-        launched, handle = self._in_flight.popleft()
-        return self._read(launched, handle.read())
+        return self._read(*self._in_flight.popleft())
 
     def add(self, request_id: str, row: EncodedRow) -> None:
         """Queue a row.
@@ -171,8 +169,7 @@ class Engine:
         """Go on with smaller steps after one that found no memory; all rows are computed again."""
         finished = []
         while self._in_flight:
-            launched, handle = self._in_flight.popleft()
-            finished += self._read(launched, handle.read())
+            finished += self._read(*self._in_flight.popleft())
         for request in {step.rows[index] for index in step.plan.samples.tolist()}:
             request.num_pending -= 1
         if not self.scheduler.shrink():
@@ -186,9 +183,9 @@ class Engine:
         )  # fmt: skip
         return finished
 
-    def _read(self, step: Step, result: StepResult) -> list[RequestOutput]:
-        """Append a step's tokens to its rows."""
-        finished = []
+    def _read(self, step: Step, handle: StepHandle) -> list[RequestOutput]:
+        """Wait for a step, and append its tokens to its rows."""
+        finished, result = [], handle.read()
         self._split_prompt_logprobs(step, result.prompt_logprobs)
         before, is_right = None, True
         samples, token_ids = step.plan.samples.tolist(), result.token_ids.tolist()

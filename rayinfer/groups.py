@@ -6,10 +6,62 @@ prefixes of several depths (a system prompt, then a document); one depth is take
 
 import numpy as np
 
+from rayinfer.request import Request
+
 MAX_NUM_GROUPS = 128
 MIN_SHARED_TOKENS = 128
 MIN_SAVING = 0.1  # of the tokens that would be read; below it, the second pass costs more than it saves
 _MOST_DEPTHS = 16
+_REGROUP_STEPS = 16  # rows that share a new prefix wait that many steps at most until they are a group
+
+
+class PrefixGroups:
+    """The prefix groups of a scheduler's running rows; `Request.group` says which one a row is in.
+
+    Attributes:
+        lens_G: int32 [G], tokens that each group's rows share.
+    """
+
+    def __init__(self, block_size: int):
+        self.lens_G = np.zeros(0, np.int32)
+        self._block_size = block_size
+        self._found: dict[tuple[int, int], tuple[int, list[int]]] = {}  # (number, last) of shared blocks -> group, all
+        self._num_alone = self._num_steps = 0  # rows that came since groups were found and are in none, and steps
+
+    def join(self, request: Request) -> None:
+        """Put a row that came into the group whose blocks its own begin with, if there is one."""
+        blocks, request.group = request.blocks, -1
+        for num in {num for num, _ in self._found if num <= len(blocks)}:
+            group, shared = self._found.get((num, blocks[num - 1]), (-1, blocks))
+            if blocks[:num] == shared:
+                request.group = group
+        self._num_alone += request.group < 0
+
+    def order(self, decodes: list[Request], running: list[Request]) -> None:
+        """Put decode rows that share a prefix side by side, groups first; find the groups anew if rows are in none."""
+        self._num_steps += self._num_alone > 0
+        if self._num_alone * 8 > len(decodes) or self._num_steps > _REGROUP_STEPS:
+            self._find(decodes, running)
+        if len(self.lens_G):
+            decodes.sort(key=lambda request: request.group if request.group >= 0 else MAX_NUM_GROUPS)
+
+    def _find(self, decodes: list[Request], running: list[Request]) -> None:
+        self.lens_G, self._num_steps = self.lens_G[:0], 0
+        self._found.clear()
+        if any(request.num_cached_tokens >= MIN_SHARED_TOKENS for request in decodes):
+            width = max(request.num_registered_blocks for request in decodes)
+            table = np.zeros((len(decodes), width), np.int32)
+            for row, request in zip(table, decodes, strict=True):
+                row[: request.num_registered_blocks] = request.blocks[: request.num_registered_blocks]
+            group_B, shared_G = find_groups(table, self._block_size)
+            self.lens_G = shared_G * self._block_size
+            for request, group in zip(decodes, group_B.tolist(), strict=True):
+                if group >= 0:
+                    num = int(shared_G[group])
+                    self._found[num, request.blocks[num - 1]] = group, request.blocks[:num]
+        for request in running:  # those that do not decode yet, too
+            self.join(request)
+        self._num_alone = sum(request.group < 0 for request in running) - sum(request.group < 0 for request in decodes)
 
 
 def find_groups(table_RP: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -10,19 +10,16 @@ import sys
 from bisect import bisect_right
 from collections import deque
 from dataclasses import dataclass, field
-from itertools import takewhile
 
 import numpy as np
 
 from rayinfer import groups, speculation
 from rayinfer.kv_cache import BlockPool
+from rayinfer.pace import Pace, num_left
 from rayinfer.request import Request
 
 PROMPT_LOGPROB_CHUNK = 512  # tokens of a step that need logits because prompt log-probabilities are asked for
 MIN_BATCHED_TOKENS = 16  # a step that does not fit into memory is made smaller down to this
-REGROUP_STEPS = 16  # new rows wait that many steps at most until they join a prefix group
-PACE_STEPS = 16  # steps until the pace is worked out again, and one more for each 1,000 rows to look at
-MIN_PACE = 2048  # tokens of a step: smaller steps with prompt chunks cost more than an even pace gains
 DEVICE_TOKEN = -1  # this step's input is the slot's last sampled token, which only the device knows
 
 
@@ -100,17 +97,14 @@ class Scheduler:
         self.running: list[Request] = []
         self.num_preemptions = self._num_steps = 0
         self.all_known = False  # the rows that wait are all that there are, the longest first
-        self._steps_to_pace, self._pace, self._credit, self._longest, self._shared = 0, 0.0, 0.0, 0, 0
-        self._kv_pace: float | None = None  # prompt tokens of a step, see `_pace_for_kv`; 0: rows need not be held back
+        self._pace = Pace(pool, self.running, self.waiting)
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._new_blocks: list[tuple[int, int, int]] = []
         self.admitted: list[Request] = []  # rows that got a slot in the newest step
         # Blocks kept back when new rows come in, so that running rows seldom have to be preempted for lack of one.
         self._reserve = max(1, pool.num_blocks // 100)
         self._full = False
-        self._group_lens: np.ndarray = np.zeros(0, np.int32)
-        self._groups: dict[tuple[int, int], tuple[int, list[int]]] = {}  # (number, last) of shared blocks -> group, all
-        self._num_ungrouped = self._steps_ungrouped = 0  # rows that came since prefix groups were found, and steps
+        self._groups = groups.PrefixGroups(pool.block_size)
 
     @property
     def num_slots(self) -> int:
@@ -121,9 +115,9 @@ class Scheduler:
 
         So long rows are not left alone at the end, and no row waits for ever; rows of one length come in as they came.
         """
-        request.rank = self._num_steps - _num_left(request)
+        request.rank = self._num_steps - num_left(request)
         self.waiting.insert(bisect_right(self.waiting, request.rank, key=lambda row: row.rank), request)
-        self._steps_to_pace, self._kv_pace = 0, None
+        self._pace.reset()
 
     def finish(self, request: Request, forget: bool = False) -> None:
         """Take a finished row out and free what it holds; `forget` its KV if it is not to be trusted."""
@@ -170,7 +164,8 @@ class Scheduler:
             (decodes.append(request) if num_new == 1 else chunks.append((request, num_new)))
         if self.num_preemptions == num_preemptions:  # else a row just put back would take the blocks again
             self._admit(budget, decodes, chunks)
-        self._order_by_prefix(decodes)
+        if self.pool.enable_prefix_caching and decodes:
+            self._groups.order(decodes, self.running)
         rows = decodes + [request for request, _ in chunks]
         if not rows:
             return None
@@ -236,7 +231,8 @@ class Scheduler:
 
     def _admit(self, budget: int, decodes: list[Request], chunks: list[tuple[Request, int]]) -> None:
         """Let waiting rows in while slots, blocks and budget last."""
-        room = self._room(self.max_num_batched_tokens - budget) if self.all_known else float("inf")
+        if self.all_known:
+            self._pace.begin_step(self.max_num_batched_tokens - budget, self.max_num_batched_tokens)
         if self._full and self._few_free():
             return
         self._full = False
@@ -247,9 +243,7 @@ class Scheduler:
                 break
             if request.num_pending:
                 break  # preempted with a token still on the device: it must be read first
-            if room <= 0 and (self._kv_pace or _num_left(request) < self._longest):
-                break
-            if self._kv_pace and self.running and not self._lasts_with(request):
+            if self.all_known and not self._pace.admits(request):
                 break
             # The last token is always computed: its logits are what is wanted.
             reuse = request.params.prompt_logprobs is None or bool(request.output_token_ids)
@@ -272,119 +266,20 @@ class Scheduler:
             if request.num_cached_tokens < 0:
                 request.num_cached_tokens = num_known
             self.running.append(request)
-            request.group = self._group_of(known)
-            self._num_ungrouped += request.group < 0
+            self._groups.join(request)
             grown = self._grow(request, num_new)
             assert grown
             budget -= num_new
-            room -= num_new
-            self._credit -= num_new
-            self._longest = max(self._longest, _num_left(request))
+            self._pace.took(request, num_new)
             # Registered at once, so that the next row of this very step can share the blocks.
             self.pool.register(request, num_known + num_new)
             (decodes.append(request) if num_new == 1 else chunks.append((request, num_new)))
-
-    def _room(self, num_scheduled: int) -> float:
-        """Prompt tokens that may come into this step for all rows to end together with the longest, if none else come.
-
-        Let in as fast as they fit, rows would first be only prompts, then only decodes, of which few are left at the
-        end. Rows that could end after the longest running one come in without room, unless the KV cache sets the pace.
-        """
-        if self._kv_pace is None and self.waiting:
-            self._kv_pace = self._pace_for_kv()
-        if self._kv_pace and self.running:
-            self._credit = min(self._credit + self._kv_pace, self.max_num_batched_tokens)
-            return self._credit
-        self._steps_to_pace -= 1
-        self._longest -= 1
-        if self._steps_to_pace <= 0:
-            self._steps_to_pace = PACE_STEPS + len(self.waiting) // 1000
-            self._longest = max(map(_num_left, self.running), default=0)
-            rows = [*self.running, *self.waiting]
-            work = sum(row.max_total_tokens - row.num_scheduled for row in rows)
-            self._pace = work / max([1, *map(_num_left, rows)])
-        if self._pace < MIN_PACE or not self.running:
-            self._credit = 0.0
-            return float("inf")
-        self._credit = min(self._credit + self._pace - num_scheduled, self.max_num_batched_tokens)
-        return self._credit
-
-    def _pace_for_kv(self) -> float:
-        """Prompt tokens that may come in a step for the KV cache to hold rows to their ends; 0 if it will hold all.
-
-        Rows of like length that come in as fast as they fit grow together, until many are preempted and computed anew.
-        N rows of I tokens that yield L more each and come in evenly over W steps hold N (I + L - W / 2) tokens when the
-        first ends; if W would be longer than L, as many run at a time as hold I + L / 2 on average. Only sure lengths
-        count (`ignore_eos`).
-        """
-        rows = [*self.running, *self.waiting]
-        prompts, block, num, shared = [row.prompt_token_ids for row in rows], self.pool.block_size, len(rows), 0
-        if self.pool.enable_prefix_caching:
-            both = zip(min(prompts), max(prompts), strict=False)
-            shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], both)) // block * block
-            if len({tuple(prompt[shared : shared + block]) for prompt in prompts}) < 0.9 * num:
-                return 0.0  # some share more than all do: what they need is not known
-        self._shared = shared  # tokens that all rows have in common, and the cache once
-        now = sum(row.num_tokens for row in rows) / num - shared
-        left = sum(map(_num_sure, rows)) / num
-        capacity = 0.97 * (self.pool.num_blocks * block - shared)
-        if left == 0 or num * (now + left) <= capacity:
-            return 0.0
-        evenly = num * (now + left / 2) <= capacity
-        window = 2 * (now + left - capacity / num) if evenly else num * left * (now + left / 2) / capacity
-        return num * now / max(1.0, window)
-
-    def _lasts_with(self, request: Request) -> bool:
-        """Whether the KV cache holds the running rows and this one to their ends, as far as these are sure."""
-        rows = (*self.running, request)
-        lens = sorted(((_num_sure(row), row.num_tokens - self._shared) for row in rows), reverse=True)
-        left_R, now_R = np.array(lens).T
-        at_end_R = now_R.cumsum() + left_R * np.arange(1, len(lens) + 1)  # of those that run as long as row R
-        return int(at_end_R.max()) + self._shared <= self.pool.num_blocks * self.pool.block_size
 
     def _few_free(self) -> bool:
         """Whether too little is free for a group of rows, while others still run."""
         # Once full, rows are let in again in groups: steps without prompt chunks are cheaper (one CUDA graph each).
         few_slots = len(self._free_slots) < min(max(1, self.num_slots // 16), len(self.waiting))
         return bool(self.running) and (few_slots or self.pool.num_free < self.pool.num_blocks // 16)
-
-    def _group_of(self, blocks: list[int]) -> int:
-        """The group whose prefix these blocks begin with, -1 for none."""
-        for num in {num for num, _ in self._groups if num <= len(blocks)}:
-            group, shared = self._groups.get((num, blocks[num - 1]), (-1, []))
-            if blocks[: len(shared)] == shared and group >= 0:
-                return group
-        return -1
-
-    def _order_by_prefix(self, decodes: list[Request]) -> None:
-        """Put decode rows that share a prefix side by side, groups first; find the groups anew if rows came."""
-        if not (self.pool.enable_prefix_caching and decodes):
-            return
-        self._steps_ungrouped += self._num_ungrouped > 0
-        if self._num_ungrouped * 8 > len(decodes) or self._steps_ungrouped > REGROUP_STEPS:
-            self._num_ungrouped, self._steps_ungrouped = len(self.running) - len(decodes), 0
-            for request in self.running:
-                request.group = -1
-            self._group_lens = self._group_lens[:0]
-            self._groups.clear()
-            if all(request.num_cached_tokens < groups.MIN_SHARED_TOKENS for request in decodes):
-                return
-            width = max(request.num_registered_blocks for request in decodes)
-            table = np.zeros((len(decodes), width), np.int32)
-            for row, request in zip(table, decodes, strict=True):
-                row[: request.num_registered_blocks] = request.blocks[: request.num_registered_blocks]
-            group_B, shared_G = groups.find_groups(table, self.pool.block_size)
-            self._group_lens = shared_G * self.pool.block_size
-            for request, group in zip(decodes, group_B.tolist(), strict=True):
-                if group >= 0:
-                    num = shared_G[group]
-                    self._groups[num, request.blocks[num - 1]] = group, request.blocks[:num]
-            for request in self.running:  # those that do not decode yet, too
-                request.group = self._group_of(request.blocks)
-                self._num_ungrouped -= request.group >= 0
-            self._num_ungrouped += int((group_B >= 0).sum())
-        if len(self._group_lens):
-            decodes.sort(key=lambda request: request.group if request.group >= 0 else groups.MAX_NUM_GROUPS)
 
     def _plan(self, rows: list[Request], num_new: list[int], num_decodes: int) -> StepPlan:
         """Write the step down as arrays and advance the rows' counts."""
@@ -421,7 +316,7 @@ class Scheduler:
                 num_logprobs = max(num_logprobs, params.logprobs)
         as_int = np.int32
         group_B = np.array([request.group for request in rows[:num_decodes]], as_int)
-        lens_G = self._group_lens if num_decodes and group_B[0] >= 0 else self._group_lens[:0]
+        lens_G = self._groups.lens_G if num_decodes and group_B[0] >= 0 else self._groups.lens_G[:0]
         return StepPlan(
             slots=np.array([request.slot for request in rows], as_int),
             starts=np.array(starts, as_int),
@@ -436,20 +331,10 @@ class Scheduler:
             ],
             all_greedy=all_greedy,
             banned=np.array(banned, as_int).reshape(-1, 2),
-            shared_lens=np.append(self._group_lens, as_int(0))[group_B],
+            shared_lens=np.append(self._groups.lens_G, as_int(0))[group_B],
             group_starts=np.searchsorted(group_B[group_B >= 0], np.arange(len(lens_G) + 1)).astype(as_int),
             group_lens=lens_G,
             num_logprobs=num_logprobs,
             prompt_targets=np.array(targets, as_int).reshape(-1, 2),
             num_prompt_logprobs=num_prompt_logprobs,
         )
-
-
-def _num_left(row: Request) -> int:
-    """Tokens that a row may still yield, one a step."""
-    return row.max_total_tokens - row.num_tokens
-
-
-def _num_sure(row: Request) -> int:
-    """Of those, tokens that it yields whatever they are."""
-    return _num_left(row) if row.params.ignore_eos else 0

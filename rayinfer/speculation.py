@@ -27,8 +27,6 @@ MIN_DRAFTS = 0.5  # a row, on average: a step with drafts is not launched before
 class Lookup:
     """Where each N-gram of a row was followed by a token last, and how often in a row that told the next one."""
 
-    __slots__ = ("_places", "_tokens", "streak")
-
     def __init__(self) -> None:
         self.streak = 0
         self._tokens: list[int] = []
@@ -55,7 +53,7 @@ def drafts_for(rows: Sequence[Request], max_tokens: int) -> list[list[int]]:
     each = min(MAX_DRAFTS, max_tokens // max(1, len(rows)) - 1)
     if each < 1:
         return []
-    found: list[list[int]] = []
+    found = []
     for row in rows:
         row.lookup = row.lookup or Lookup()
         some_banned = len(row.output_token_ids) < row.params.min_tokens  # at a draft, none would be

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from rayinfer.attention import AttentionBackend, StepMeta, StepOutputs
 from rayinfer.groups import MAX_NUM_GROUPS
@@ -43,18 +44,18 @@ class StepResult:
 class Inputs:
     """Device views of a plan's packed integers; R rows, T tokens. `starts_R` is -1 for padding rows."""
 
-    slots_R: torch.Tensor
-    starts_R: torch.Tensor
-    num_new_R: torch.Tensor
-    query_start_R1: torch.Tensor
-    token_ids_T: torch.Tensor
-    row_T: torch.Tensor
+    slots_R: Tensor
+    starts_R: Tensor
+    num_new_R: Tensor
+    query_start_R1: Tensor
+    token_ids_T: Tensor
+    row_T: Tensor
 
 
 class StepHandle:
     """A launched step. `read` waits for the device and gives the result."""
 
-    def __init__(self, tensors: list[torch.Tensor | None]):
+    def __init__(self, tensors: list[Tensor | None]):
         self._event: torch.cuda.Event | None = None
         self._tensors = [None if t is None else t.to("cpu", non_blocking=True) for t in tensors]
         if any(t is not None and t.is_cuda for t in tensors):
@@ -86,7 +87,7 @@ class Runner:
         self.model, self.prefill, self.decode = model, prefill, decode
         self.device, self.block_size, self.max_model_len = model.device, block_size, max_model_len
         self.sampler: Any = get_sampler(self.device)
-        self.logprobs: Callable[..., tuple[torch.Tensor, torch.Tensor]] = logprobs
+        self.logprobs: Callable[..., tuple[Tensor, Tensor]] = logprobs
         if model.one_by_one:
             one, self.logprobs = self.sampler, row_by_row(logprobs)
             self.sampler = SimpleNamespace(greedy=row_by_row(one.greedy), sample=row_by_row(one.sample))
@@ -153,7 +154,7 @@ class Runner:
         logits_MV = self.model.forward(ids_T, meta, torch.cat([index_L, targets[0].long()]))
         return self._finish(plan, logits_MV, inputs.slots_R[samples_L].long(), meta.seq_lens_R[samples_L].long())
 
-    def _as_decodes(self, meta: StepMeta, rows_L: torch.Tensor, index_L: torch.Tensor) -> StepMeta:
+    def _as_decodes(self, meta: StepMeta, rows_L: Tensor, index_L: Tensor) -> StepMeta:
         """The same rows and lengths, as one query token each."""
         return StepMeta(
             positions_T=meta.positions_T[index_L], slot_mapping_T=meta.slot_mapping_T[index_L],
@@ -171,7 +172,7 @@ class Runner:
 
     def prepare(
         self, inputs: Inputs, *, num_decodes: int, max_seq_len: int, max_query_len: int
-    ) -> tuple[torch.Tensor, StepMeta]:
+    ) -> tuple[Tensor, StepMeta]:
         """Make the model's inputs on the device: token ids int64 [T] and the step's meta."""
         row_T, size = inputs.row_T.long(), self.block_size
         slots_R = inputs.slots_R.long()
@@ -190,7 +191,7 @@ class Runner:
             max_query_len=max_query_len,
         )  # fmt: skip
 
-    def _send(self, *arrays: np.ndarray) -> list[torch.Tensor]:
+    def _send(self, *arrays: np.ndarray) -> list[Tensor]:
         """Copy int32 arrays to the device in one transfer; returns views of the arrays' shapes."""
         packed = torch.from_numpy(np.concatenate([a.ravel() for a in arrays]).astype(np.int32, copy=False))
         if self.device.type == "cuda":
@@ -211,9 +212,7 @@ class Runner:
             self.params_S4[at] = values.T
             self.seed_S[at] = torch.tensor(seeds, dtype=torch.int64, **pin).to(self.device, non_blocking=True)
 
-    def sample(
-        self, logits_LV: torch.Tensor, slots_L: torch.Tensor, position_L: torch.Tensor, greedy: bool = False
-    ) -> torch.Tensor:
+    def sample(self, logits_LV: Tensor, slots_L: Tensor, position_L: Tensor, greedy: bool = False) -> Tensor:
         """Token ids int32 [L] by the slots' parameters (`greedy`: all are), which become the slots' next inputs."""
         if greedy:
             token_L = self.sampler.greedy(logits_LV)
@@ -224,9 +223,7 @@ class Runner:
         self.last_token_S[slots_L] = token_L.long().clamp_(min=0)  # a NaN row's -1 must not index the embedding
         return token_L
 
-    def _finish(
-        self, plan: StepPlan, logits_MV: torch.Tensor, slots_L: torch.Tensor, position_L: torch.Tensor
-    ) -> StepHandle:
+    def _finish(self, plan: StepPlan, logits_MV: Tensor, slots_L: Tensor, position_L: Tensor) -> StepHandle:
         """Sample from the first L rows of the logits; the rest are for prompt log-probabilities."""
         num_samples = len(plan.samples)
         logits_LV = raw_LV = logits_MV[:num_samples]
@@ -235,7 +232,7 @@ class Runner:
             logits_LV = raw_LV.clone() if plan.num_logprobs >= 0 else raw_LV
             logits_LV[banned_2B[0].long(), banned_2B[1].long()] = float("-inf")
         token_L = self.sample(logits_LV, slots_L, position_L, plan.all_greedy)
-        tops: list[torch.Tensor | None] = [None] * 4
+        tops: list[Tensor | None] = [None] * 4
         if plan.num_logprobs >= 0:
             tops[:2] = self.logprobs(raw_LV, token_L.long().clamp_(min=0), plan.num_logprobs)
         if plan.num_prompt_logprobs >= 0:

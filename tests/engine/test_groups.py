@@ -9,7 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayinfer import groups
+from rayinfer import SamplingParams, groups
+from rayinfer.kv_cache import BlockPool
+from rayinfer.request import Request
+from rayinfer.scheduler import Scheduler
 
 tables = st.lists(st.lists(st.integers(1, 2), min_size=0, max_size=5), min_size=1, max_size=12)
 
@@ -71,3 +74,25 @@ def test_most_groups(monkeypatch):
     group_R, shared_G = find(rows)
     assert shared_G.tolist() == [3, 2]
     assert group_R.tolist() == [-1] * 3 + [0] * 3 + [1] * 3
+
+
+def test_rows_that_come_later_join_their_group_at_once():
+    """Three prefixes, rows in any order and more than slots: no decode row reads its prefix alone once it is cached."""
+    scheduler = Scheduler(BlockPool(5000, 16), 16, 1000)
+    rng = np.random.default_rng(0)
+    prefixes = [rng.integers(0, 999, 160).tolist() for _ in range(3)]
+    params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
+    for index in range(100):
+        prompt = prefixes[rng.integers(3)] + [1000 + index] * 20
+        scheduler.add(Request(str(index), prompt, params, max_total_tokens=189))
+    alone = []
+    while scheduler.running or scheduler.waiting:
+        step = scheduler.schedule()
+        alone.append((step.plan.shared_lens == 0).sum())
+        for index in step.plan.samples.tolist():
+            request = step.rows[index]
+            request.num_pending -= 1
+            request.output_token_ids.append(int(request.request_id) * 10 + len(request.output_token_ids))
+            if request.num_known_tokens == request.max_total_tokens:
+                scheduler.finish(request)
+    assert sum(alone) == sum(alone[:4])  # before, most rows of each group read 8 of their 9 tokens' prefixes alone

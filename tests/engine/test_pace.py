@@ -116,7 +116,7 @@ def test_a_pace_for_the_cache_needs_sure_lengths_and_prefixes():
         scheduler.add(Request(str(index), prompt, params, max_total_tokens=200))
     while len(scheduler.running) < 8:
         assert scheduler.schedule() is not None
-    assert scheduler._kv_pace == 0
+    assert scheduler._pace._for_kv == 0
 
 
 def test_many_rows_are_seldom_looked_at():
@@ -129,7 +129,8 @@ def test_many_rows_are_seldom_looked_at():
             looks += 1
             return super().__iter__()
 
-    scheduler.all_known, scheduler.waiting = True, Waiting()
+    scheduler.all_known = True
+    scheduler.waiting = scheduler._pace._waiting = Waiting()
     params = SamplingParams(temperature=0, max_tokens=1000)
     for index in range(20_000):
         scheduler.add(Request(str(index), [1] * 8, params, max_total_tokens=1008))

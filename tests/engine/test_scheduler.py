@@ -222,7 +222,7 @@ def engine(folder_of) -> Engine:
 def any_pace():
     """Steps here are far too small to be paced in earnest, and texts too short for long n-grams."""
     with (
-        patch("rayinfer.scheduler.MIN_PACE", 1),
+        patch("rayinfer.pace.MIN_PACE", 1),
         patch.object(speculation, "NGRAM", 1),
         patch.object(speculation, "MIN_DRAFTS", 0.1),
     ):
@@ -310,7 +310,7 @@ def test_decoding_rows_come_before_prompts(engine):
     for _ in range(4):
         step = engine.scheduler.schedule()
         plans.append((step.plan.num_decodes, step.plan.num_new.tolist()))
-        engine._read(step, engine.runner.launch(step.plan).read())
+        engine._read(step, engine.runner.launch(step.plan))
     assert plans == [(3, [1, 1, 1, 5])] * 4
     engine.abort_all()
 
