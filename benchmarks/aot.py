@@ -100,9 +100,15 @@ def _cases() -> dict[str, Callable[[], object]]:
     cases["rms_norm"] = lambda: rms_norm(x, weight, 1e-5)
     cases["add_rms_norm"] = lambda: add_rms_norm(x, x, weight, 1e-5)
     cases["add_rms_norm gemma"] = lambda: add_rms_norm(x, x, weight, 1e-5, gemma=True)
-    for dtype in (BF16, F32):
-        product = [_meta(tokens, 4096, dtype=dtype), _meta(6144, 4096, dtype=dtype), _meta(6144, dtype=dtype)]
-        short = str(dtype).removeprefix("torch.")
+    for dtype, num, out in (
+        (BF16, 16, 6144),
+        (BF16, 16, 28672),
+        (BF16, 128, 6144),
+        (BF16, tokens, 6144),
+        (F32, tokens, 6144),
+    ):
+        product = [_meta(num, 4096, dtype=dtype), _meta(out, 4096, dtype=dtype), _meta(out, dtype=dtype)]
+        short = f"{str(dtype).removeprefix('torch.')} {num} x {out}"
         cases[f"matmul {short}"] = lambda product=product: matmul(*product)  # type: ignore[misc]
         cases[f"matmul {short} pointers"] = lambda product=product: matmul(*product, tma=False)  # type: ignore[misc]
     for kind in ("silu", "gelu_tanh", "gelu"):

@@ -36,16 +36,15 @@ from common import table
 from rayinfer import LLM, SamplingParams
 from rayinfer.bench.workloads import Workload, build, warmup
 from rayinfer.kernels import paged_prefill as prefill_module
-from rayinfer.kernels.matmul import Tile, default_tile, matmul
+from rayinfer.kernels.matmul import TILES, Tile, choose_tile, matmul
 from rayinfer.kernels.paged_decode import paged_decode
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 DTYPE = torch.bfloat16 if GPU else torch.float32
-TILES = [
-    Tile(128, 256, 64, 8, 8, 4), Tile(128, 256, 64, 8, 8, 3), Tile(128, 256, 64, 16, 8, 4), Tile(128, 128, 64, 8, 8, 4),
-    Tile(128, 128, 64, 8, 4, 4), Tile(64, 256, 64, 8, 4, 4), Tile(64, 128, 64, 8, 4, 5), Tile(64, 64, 64, 8, 4, 6),
-    Tile(256, 128, 64, 8, 8, 3), Tile(64, 256, 128, 8, 4, 2),
+MORE_TILES = [
+    *TILES, Tile(128, 256, 64, 8, 8, 4), Tile(128, 256, 64, 8, 8, 3), Tile(128, 128, 64, 8, 8, 4),
+    Tile(128, 64, 64, 8, 4, 6), Tile(64, 32, 64, 8, 4, 6), Tile(64, 16, 64, 8, 4, 10), Tile(64, 256, 128, 8, 4, 2),
 ]  # fmt: skip
 # Of the fixed prefill kernel: (query, head) pairs of a tile, tokens of a KV tile, warps, stages.
 SHAPES = [
@@ -197,7 +196,7 @@ def products(args: argparse.Namespace) -> dict[str, Any]:
     qkv = (heads + 2 * config["num_key_value_heads"]) * dim
     shapes = {"qkv": (hidden, qkv), "out": (heads * dim, hidden), "gate_up": (hidden, 2 * wide), "down": (wide, hidden)}
     shapes["head"] = (hidden, config["vocab_size"])
-    tiles = TILES if GPU else [default_tile(4), Tile(16, 64, 32, 4, 4, 2)]
+    tiles = MORE_TILES if GPU else [choose_tile(1, 1, 4), Tile(16, 64, 32, 4, 4, 2)]
     results: dict[str, Any] = {}
     for name, (num_in, num_out) in shapes.items():
         w = torch.randn(num_out, num_in, device=DEVICE).mul_(num_in**-0.5).to(DTYPE)
@@ -227,7 +226,7 @@ def products(args: argparse.Namespace) -> dict[str, Any]:
             results[f"{name} M={rows}"] = line
             fast = {label: one["ms"] for label, one in line["tiles"].items() if "ms" in one}
             best = min(fast, key=fast.__getitem__)
-            default = f"{'x'.join(map(str, default_tile(DTYPE.itemsize)))} tma"
+            default = f"{'x'.join(map(str, choose_tile(rows, num_out, DTYPE.itemsize)))} tma"
             own, time_ms = fast.get(default, float("nan")), line["torch_ms"]
             print(
                 f"{name:8} M={rows:6} torch {time_ms:8.4f} ms, kernel x{own / time_ms:.2f}, best x"

@@ -111,13 +111,13 @@ class _Round:
                         self._flush()
                     self._settle(_POLL_SECONDS if pump.ended or len(self.running) >= MAX_WRITES else 0.0)
                     self._check_stall()
-            except (KeyboardInterrupt, _Failed, _Stalled) as error:
+            except (KeyboardInterrupt, _Ended) as error:
                 stop = error.__cause__ or error
                 self._flush()
                 deadline = time.monotonic() + DRAIN_SECONDS
                 while self.running and time.monotonic() < deadline:
                     self._settle(_POLL_SECONDS)
-        if stop is not None and not isinstance(stop, _Stalled):
+        if stop is not None and not isinstance(stop, _Ended):
             raise stop
 
     def _check_stall(self) -> None:
@@ -131,7 +131,7 @@ class _Round:
         self.news, now = time.monotonic(), self.writes.resources()
         if any(now.get(name, 0) < self.resources.get(name, 0) for name in ("CPU", "GPU")):
             logger.warning("nodes were lost and no row came for %.0f s: beginning again with the others", STALL_SECONDS)
-            raise _Stalled
+            raise _Ended
 
     def _gather(self, reference: Any, num_rows: int, num_bytes: int) -> None:
         self.news = time.monotonic()
@@ -165,11 +165,7 @@ class _Round:
                 self.running[self.writes.start(fresh, references)] = references
 
 
-class _Failed(Exception):  # noqa: N818  # the blocks did; the cause says why
-    pass
-
-
-class _Stalled(Exception):  # noqa: N818  # the round goes on no more, the job does
+class _Ended(Exception):  # noqa: N818  # the round is over: the blocks failed, and the cause says why; or it stood still
     pass
 
 
@@ -195,14 +191,14 @@ class _Pump:
             self._thread.join(timeout=DRAIN_SECONDS)
 
     def get(self, seconds: float) -> Block | None:
-        """The next block; None if none came in time, or all have come (`ended`). Raises _Failed."""
+        """The next block; None if none came in time, or all have come (`ended`). Raises _Ended."""
         try:
             item = self._queue.get(timeout=seconds)
         except queue.Empty:
             return None
         self.ended = item is None
         if isinstance(item, BaseException):
-            raise _Failed from item
+            raise _Ended from item
         return item
 
     def _run(self) -> None:

@@ -283,11 +283,9 @@ class Scheduler:
 
     def _plan(self, rows: list[Request], num_new: list[int], num_decodes: int) -> StepPlan:
         """Write the step down as arrays and advance the rows' counts."""
-        token_ids: list[int] = []
         starts = [request.num_scheduled for request in rows]
-        samples: list[int] = []
-        banned: list[tuple[int, int]] = []
-        targets: list[tuple[int, int]] = []
+        token_ids, samples = list[int](), list[int]()
+        banned, targets = list[tuple[int, int]](), list[tuple[int, int]]()
         all_greedy, num_logprobs, num_prompt_logprobs = True, -1, -1
         block_size = self.pool.block_size
         for index, (request, start, num) in enumerate(zip(rows, starts, num_new, strict=True)):

@@ -42,7 +42,7 @@ class DecodeGraphs:
         sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 512, 32), *range(512, max_num_seqs, 64)]
         self._sizes = sorted({min(size, max_num_seqs) for size in sizes} | {max_num_seqs})
         self._captured: dict[tuple[int, _Kind], _Captured] = {}
-        self._warm: set[_Kind] = set()
+        self._warm: set[tuple[_Kind, int]] = set()
         # Constants that every graph reads, so they live as long as the graphs.
         self._count = torch.arange(max_num_seqs + 1, dtype=torch.int32, device=runner.device)
         self._ones = torch.ones(max_num_seqs, dtype=torch.int32, device=runner.device)
@@ -100,9 +100,12 @@ class DecodeGraphs:
         self._stream.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._stream):
-            if kind not in self._warm:  # compile kernels and fill cuBLAS' workspaces outside of the capture
+            # Compile kernels and fill cuBLAS' workspaces outside of the capture. Products of a fixed order have launch
+            # shapes of their own for some sizes.
+            warm = kind, size if getattr(runner.decode, "fixed_order", False) else 0
+            if warm not in self._warm:
                 step()
-                self._warm.add(kind)
+                self._warm.add(warm)
                 torch.cuda.current_stream().synchronize()
             # Not torch.cuda.graph(): it waits for the device, collects garbage and empties the allocator's cache.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")

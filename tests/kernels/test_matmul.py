@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rayinfer.kernels.matmul import matmul
+from rayinfer.kernels.matmul import TILES, choose_tile, matmul
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
@@ -50,3 +50,18 @@ def test_rows_do_not_depend_on_the_batch(dtype, device):
     whole_MO = matmul(x_MI, w_OI, bias_O)
     for first, last in ((0, 1), (0, 17), (129, 130), (100, 290)):
         assert torch.equal(matmul(x_MI[first:last].contiguous(), w_OI, bias_O), whole_MO[first:last])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("num_in", "num_out"), [(4096, 6144), (14336, 4096), (1000, 4096), (1024, 28672)])
+def test_every_tile_has_the_same_bits(num_in, num_out, dtype, device):
+    """And so has each row, whichever tile is chosen for the number of rows."""
+    x_MI, w_OI, bias_O = _operands(1300, num_in, num_out, dtype, device, 0)
+    want_MO = matmul(x_MI, w_OI, bias_O)
+    chosen = set()
+    for rows in (1, 16, 64, 65, 128, 256, 512, 1300):
+        chosen.add(choose_tile(rows, num_out, dtype.itemsize))
+        for tile in (None, *TILES):
+            assert torch.equal(matmul(x_MI[:rows], w_OI, bias_O, tile=tile), want_MO[:rows])
+    assert len(chosen) > 1
