@@ -32,7 +32,7 @@ class EngineConfig(BaseModel):
     max_num_seqs: Annotated[int | None, Field(ge=1, description="rows running at once; default by device")] = None
     max_num_batched_tokens: Annotated[int | None, Field(ge=1, description="in one step; default by device")] = None
     block_size: Annotated[int, Field(ge=1, description="tokens in one KV block; 16, 32, 64 or 128 on a GPU")] = 16
-    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1, description="share of the GPU's memory to use")] = 0.9
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1, description="share of the GPU's memory to use")] = 0.92
     num_gpu_blocks_override: Annotated[int | None, Field(ge=2, description="KV blocks, instead of measuring")] = None
     cpu_kv_cache_gib: Annotated[float | None, Field(gt=0, description="default: a quarter of the free, <= 4")] = None
     num_threads: Annotated[int | None, Field(ge=1, description="torch threads on a CPU; default: all cores")] = None

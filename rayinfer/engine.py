@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_NUM_SEQS = {"cuda": 1024, "cpu": 64}
 DEFAULT_MAX_NUM_BATCHED_TOKENS = {"cuda": 16384, "cpu": 1024}
-MAX_DRAFT_STEP = {"cuda": 256, "cpu": 16}  # tokens of a step with drafts: the model's weights take as long for one
+MAX_DRAFT_STEP = {"cuda": 256, "cpu": 64}  # tokens of a step with drafts: the model's weights take as long for one
 
 
 class Engine:
