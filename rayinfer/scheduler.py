@@ -181,9 +181,10 @@ class Scheduler:
 
     def drafts(self, rows: list[Request]) -> list[list[int]]:
         """Drafts for each of the rows, as far as these are known; an empty list if the next step is to have none."""
-        if self.waiting or any(row.num_tokens - row.num_scheduled != 1 for row in rows):
-            return []  # prompts come, or are not done
-        return speculation.drafts_for(rows, min(self.max_draft_step, self.num_slots, self.max_num_batched_tokens))
+        most = min(self.max_draft_step, self.num_slots, self.max_num_batched_tokens)
+        if self.waiting or 2 * len(rows) > most or any(row.num_tokens - row.num_scheduled != 1 for row in rows):
+            return []  # prompts come, or are not done, or there are too many rows
+        return speculation.drafts_for(rows, most)
 
     def _limited(self, request: Request, num_new: int) -> int:
         """Of `num_new` tokens, those for whose logits this step has room; the room is taken."""

@@ -51,8 +51,6 @@ class Lookup:
 def drafts_for(rows: Sequence[Request], max_tokens: int) -> list[list[int]]:
     """Drafts for each row, for a step of at most `max_tokens` tokens; an empty list if they would gain too little."""
     each = min(MAX_DRAFTS, max_tokens // max(1, len(rows)) - 1)
-    if each < 1:
-        return []
     found = []
     for row in rows:
         row.lookup = row.lookup or Lookup()
