@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rayinfer import LLM
 from rayinfer.bench.engines import _ceilings, _shape, part_of
+from rayinfer.plan import DEVICE_TOKEN, StepPlan
 from rayinfer.runner.memory import _trial_plan
-from rayinfer.scheduler import DEVICE_TOKEN, StepPlan
 
 GPU = torch.cuda.is_available()
 GIB = 2**30

@@ -9,64 +9,21 @@ from __future__ import annotations
 import sys
 from bisect import bisect_right
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
-from rayinfer import groups, speculation
+from rayinfer import groups
 from rayinfer.kv_cache import BlockPool
 from rayinfer.pace import Pace, num_left
+from rayinfer.plan import DEVICE_TOKEN, StepPlan
 from rayinfer.request import Request
+from rayinfer.speculation import Lookup
 
 PROMPT_LOGPROB_CHUNK = 512  # tokens of a step that need logits because prompt log-probabilities are asked for
+MAX_DRAFTS = 15  # of a row and step
+MIN_DRAFTS = 0.5  # a row, on average: a step with drafts is not launched before the one before it was read
 MIN_BATCHED_TOKENS = 16  # a step that does not fit into memory is made smaller down to this
-DEVICE_TOKEN = -1  # this step's input is the slot's last sampled token, which only the device knows
-
-
-@dataclass(slots=True)
-class StepPlan:
-    """One step as plain arrays: what a runner, here or on another rank, needs to carry it out.
-
-    Rows are ordered decodes (one token, from the device or the host) first, then prompt chunks.
-
-    Attributes:
-        slots, starts, num_new: int32 [R], the row's slot, tokens already in its KV, tokens of this step.
-        num_decodes: rows of one token at the front.
-        token_ids: int32 [T], input tokens; DEVICE_TOKEN where the slot's last sample is meant.
-        samples: int32 [L], rows that yield tokens, ascending.
-        new_blocks: int32 [U, 3], (slot, index, block) entries to write into the block table first.
-        new_rows: (slot, temperature, top_k, top_p, min_p, seed) of rows that got a slot.
-        all_greedy: every sampling row has temperature 0.
-        banned: int32 [*, 2], (position in `samples`, token) that may not be sampled.
-        shared_lens: int32 [num_decodes], tokens that a decode row shares with its prefix group; 0 for rows alone.
-        group_starts, group_lens: int32 [G + 1] and [G], the rows and shared tokens of each group as in `StepMeta`; all
-            groups are decode rows, and come first.
-        num_logprobs: most top-n log-probabilities that a sampling row asks for; -1 when none asks at all.
-        prompt_targets: int32 [M, 2], (token of the step, the token that follows it) whose log-probability is wanted.
-        num_prompt_logprobs: top-n wanted for those; -1 when none.
-    """
-
-    slots: np.ndarray
-    starts: np.ndarray
-    num_new: np.ndarray
-    num_decodes: int
-    token_ids: np.ndarray
-    samples: np.ndarray
-    new_blocks: np.ndarray
-    new_rows: list[tuple[int, float, int, float, float, int]]
-    all_greedy: bool
-    banned: np.ndarray
-    shared_lens: np.ndarray
-    group_starts: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int32))
-    group_lens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
-    num_logprobs: int = -1
-    prompt_targets: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int32))
-    num_prompt_logprobs: int = -1
-
-    @property
-    def needs_logits(self) -> bool:
-        """Whether more is done with the sampling rows' logits than to sample from them."""
-        return self.num_logprobs >= 0 or len(self.banned) > 0
 
 
 @dataclass(slots=True)
@@ -176,7 +133,7 @@ class Scheduler:
         plan = self._plan(rows, [1] * len(decodes) + [n for _, n in chunks], len(decodes))
         if not drafts:
             return Step(plan, rows)
-        plan, index_R = speculation.with_drafts(plan, drafts)
+        plan, index_R = plan.with_drafts(drafts)
         return Step(plan, [rows[i] for i in index_R], len(index_R) - len(rows))
 
     def drafts(self, rows: list[Request]) -> list[list[int]]:
@@ -184,7 +141,13 @@ class Scheduler:
         most = min(self.max_draft_step, self.num_slots, self.max_num_batched_tokens)
         if self.waiting or 2 * len(rows) > most or any(row.num_tokens - row.num_scheduled != 1 for row in rows):
             return []  # prompts come, or are not done, or there are too many rows
-        return speculation.drafts_for(rows, most)
+        each, found = min(MAX_DRAFTS, most // max(1, len(rows)) - 1), []
+        for row in rows:
+            row.lookup = row.lookup or Lookup()
+            row.lookup.learn(row.tokens(row.lookup.num_tokens, row.num_known_tokens))
+            some_banned = len(row.output_token_ids) < row.params.min_tokens  # at a draft, none would be
+            found.append(row.lookup.guess(0 if some_banned else min(each, num_left(row) - 1)))
+        return found if sum(map(len, found)) >= MIN_DRAFTS * len(rows) else []
 
     def _limited(self, request: Request, num_new: int) -> int:
         """Of `num_new` tokens, those for whose logits this step has room; the room is taken."""

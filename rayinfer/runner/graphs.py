@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from rayinfer.groups import MAX_NUM_GROUPS
-from rayinfer.scheduler import StepPlan
+from rayinfer.plan import StepPlan
 
 if TYPE_CHECKING:
     from rayinfer.runner.runner import Runner

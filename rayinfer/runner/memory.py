@@ -10,9 +10,9 @@ import torch
 from rayinfer.config import EngineConfig
 from rayinfer.errors import ConfigError
 from rayinfer.host import free_memory
+from rayinfer.plan import StepPlan
 from rayinfer.runner.runner import Runner
 from rayinfer.runner.warmup import warm_up
-from rayinfer.scheduler import StepPlan
 
 GIB = 2**30
 MAX_DEFAULT_CPU_GIB = 4.0

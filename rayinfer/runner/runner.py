@@ -18,9 +18,9 @@ from torch import Tensor
 from rayinfer.attention import AttentionBackend, StepMeta, StepOutputs
 from rayinfer.groups import MAX_NUM_GROUPS
 from rayinfer.models.model import Model
+from rayinfer.plan import StepPlan
 from rayinfer.runner.graphs import DecodeGraphs
 from rayinfer.sampler import get_sampler, logprobs, row_by_row
-from rayinfer.scheduler import StepPlan
 
 
 @dataclass(slots=True)

@@ -13,9 +13,9 @@ import torch
 
 from rayinfer import SamplingParams, host
 from rayinfer.errors import ConfigError
+from rayinfer.plan import StepPlan
 from rayinfer.runner import memory
 from rayinfer.runner.warmup import warm_up
-from rayinfer.scheduler import StepPlan
 from tests.engine.tiny import as_rows, ids_of, random_prompts
 
 PLAIN = (np.ndarray, int, bool, list)

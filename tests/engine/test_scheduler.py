@@ -18,15 +18,16 @@ import torch
 from hypothesis import HealthCheck, given, settings, target
 from hypothesis import strategies as st
 
-from rayinfer import groups, speculation
+from rayinfer import groups
 from rayinfer.config import EngineConfig
 from rayinfer.engine import Engine
 from rayinfer.kv_cache import BlockPool
+from rayinfer.plan import DEVICE_TOKEN, StepPlan
 from rayinfer.request import EncodedRow
 from rayinfer.runner import StepResult
 from rayinfer.runner.runner import TopLogprobs
 from rayinfer.sampling import SamplingParams
-from rayinfer.scheduler import DEVICE_TOKEN, PROMPT_LOGPROB_CHUNK, Scheduler, StepPlan
+from rayinfer.scheduler import PROMPT_LOGPROB_CHUNK, Scheduler
 from tests.engine.tiny import EOS, TINY, as_rows, check_blocks, ids_of, random_prompts
 
 NAN = -1
@@ -223,8 +224,8 @@ def any_pace():
     """Steps here are far too small to be paced in earnest, and texts too short for long n-grams."""
     with (
         patch("rayinfer.pace.MIN_PACE", 1),
-        patch.object(speculation, "NGRAM", 1),
-        patch.object(speculation, "MIN_DRAFTS", 0.1),
+        patch("rayinfer.speculation.NGRAM", 1),
+        patch("rayinfer.scheduler.MIN_DRAFTS", 0.1),
     ):
         yield
 

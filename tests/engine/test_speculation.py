@@ -6,8 +6,7 @@ import itertools
 
 import pytest
 
-from rayinfer import LLM, SamplingParams, speculation
-from rayinfer.request import Request
+from rayinfer import LLM, SamplingParams, scheduler, speculation
 from rayinfer.speculation import Lookup
 from tests.engine.test_triton_engine import triton_llm
 from tests.engine.tiny import as_rows, ids_of, random_prompts
@@ -20,7 +19,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
 def _eager_guesses(monkeypatch):
     """Tiny models repeat few long n-grams: guess from one token, and however few rows have drafts."""
     monkeypatch.setattr(speculation, "NGRAM", 1)
-    monkeypatch.setattr(speculation, "MIN_DRAFTS", 0.1)
+    monkeypatch.setattr(scheduler, "MIN_DRAFTS", 0.1)
 
 
 def run(llm: LLM, params: SamplingParams, drafts: bool = True, prompts=PROMPTS):
@@ -125,16 +124,16 @@ def test_on_a_gpu(folder_of, enforce_eager):
 def test_drafts_follow_the_last_place(monkeypatch):
     """As many as were told right one after the other, going round in a text that repeats itself."""
     monkeypatch.setattr(speculation, "NGRAM", 2)
-    row = Request("", [1, 2, 3, 9, 1, 2], SamplingParams(max_tokens=None))
     lookup = Lookup()
-    assert lookup.drafts(row, 9) == []  # nothing was told yet
-    row.output_token_ids += [3]
-    assert lookup.drafts(row, 9) == [9]
-    row.output_token_ids += [9, 1]
-    assert lookup.streak == 1
-    assert lookup.drafts(row, 9) == [2, 3, 9]
-    assert lookup.drafts(row, 2) == [2, 3]
-    row.output_token_ids += [2, 3, 9]
-    assert lookup.drafts(row, 9) == [1, 2, 3, 9, 1, 2]  # the text repeats after four tokens
-    row.output_token_ids += [7]
-    assert lookup.drafts(row, 9) == []  # 7 was not foreseen
+    lookup.learn([1, 2, 3, 9, 1, 2])
+    assert lookup.guess(9) == []  # nothing was told yet
+    lookup.learn([3])
+    assert lookup.guess(9) == [9]
+    lookup.learn([9, 1])
+    assert lookup.guess(9) == [2, 3, 9]
+    assert lookup.guess(2) == [2, 3]
+    lookup.learn([2, 3, 9])
+    assert lookup.guess(9) == [1, 2, 3, 9, 1, 2]  # the text repeats after four tokens
+    lookup.learn([7])
+    assert lookup.guess(9) == []  # 7 was not foreseen
+    assert (lookup.streak, lookup.num_tokens) == (0, 13)
