@@ -196,8 +196,9 @@ class Engine:
             request.num_pending -= not is_draft
             if request.finished or not is_right:
                 continue  # it ended a step ago, when this one was on its way already, or with a draft before
-            request.num_scheduled += is_draft  # its KV is there already
-            self.stats.num_accepted_tokens += is_draft
+            if is_draft:
+                request.num_scheduled += 1  # its KV is there already
+                self.stats.num_accepted_tokens += 1
             if token < 0:
                 error = RowError(ErrorType.NAN_LOGITS, "the model's logits for this row are NaN or infinite")
                 finished += self._end(request, error)

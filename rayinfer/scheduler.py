@@ -73,7 +73,10 @@ class Scheduler:
         So long rows are not left alone at the end, and no row waits for ever; rows of one length come in as they came.
         """
         request.rank = self._num_steps - num_left(request)
-        self.waiting.insert(bisect_right(self.waiting, request.rank, key=lambda row: row.rank), request)
+        place = len(self.waiting)  # of nearly all rows; a search in a long deque is slow
+        if place and self.waiting[-1].rank > request.rank:
+            place = bisect_right(self.waiting, request.rank, key=lambda row: row.rank)
+        self.waiting.insert(place, request)
         self._pace.reset()
 
     def finish(self, request: Request, forget: bool = False) -> None:
@@ -144,7 +147,7 @@ class Scheduler:
         each, found = min(MAX_DRAFTS, most // max(1, len(rows)) - 1), []
         for row in rows:
             row.lookup = row.lookup or Lookup()
-            row.lookup.learn(row.tokens(row.lookup.num_tokens, row.num_known_tokens))
+            row.lookup.learn(row.tokens(len(row.lookup.tokens), row.num_known_tokens))
             some_banned = len(row.output_token_ids) < row.params.min_tokens  # at a draft, none would be
             found.append(row.lookup.guess(0 if some_banned else min(each, num_left(row) - 1)))
         return found if sum(map(len, found)) >= MIN_DRAFTS * len(rows) else []

@@ -17,16 +17,12 @@ class Lookup:
 
     def __init__(self) -> None:
         self.streak = 0
-        self._tokens: list[int] = []
+        self.tokens: list[int] = []  # that were learned
         self._places: dict[tuple[int, ...], int] = {}
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self._tokens)
 
     def learn(self, more: Sequence[int]) -> None:
         """Go on with the text."""
-        tokens, places, old = self._tokens, self._places, len(self._tokens)
+        tokens, places, old = self.tokens, self._places, len(self.tokens)
         tokens.extend(more)
         for end in range(max(old, NGRAM), len(tokens)):
             ngram = tuple(tokens[end - NGRAM : end])
@@ -36,7 +32,7 @@ class Lookup:
 
     def guess(self, most: int) -> list[int]:
         """Up to `most` tokens that may come next: no more than have been told right, one by one, until now."""
-        tokens, place = self._tokens, self._places.get(tuple(self._tokens[-NGRAM:]))
+        tokens, place = self.tokens, self._places.get(tuple(self.tokens[-NGRAM:]))
         if place is None:
             return []
         period = len(tokens) - place  # a text that repeats itself goes on repeating

@@ -136,4 +136,4 @@ def test_drafts_follow_the_last_place(monkeypatch):
     assert lookup.guess(9) == [1, 2, 3, 9, 1, 2]  # the text repeats after four tokens
     lookup.learn([7])
     assert lookup.guess(9) == []  # 7 was not foreseen
-    assert (lookup.streak, lookup.num_tokens) == (0, 13)
+    assert (lookup.streak, len(lookup.tokens)) == (0, 13)
