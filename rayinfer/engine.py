@@ -24,6 +24,8 @@ from rayinfer.host import num_cores
 from rayinfer.inputs import InputProcessor, check_length
 from rayinfer.kv_cache import BlockPool
 from rayinfer.models.load import load_model
+from rayinfer.models.model import ModelInfo
+from rayinfer.pace import LAUNCH
 from rayinfer.request import CompletionOutput, EncodedRow, EngineStats, Logprob, Request, RequestOutput
 from rayinfer.runner import Runner, StepHandle
 from rayinfer.runner.memory import is_out_of_memory, num_kv_blocks
@@ -34,7 +36,8 @@ from rayinfer.text import final_text, find_stop_string
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_NUM_SEQS = {"cuda": 1024, "cpu": 64}
-DEFAULT_MAX_NUM_BATCHED_TOKENS = {"cuda": 16384, "cpu": 1024}
+# No multiple of 64, for which cuBLAS takes tiles that are 1 to 2 % slower (benchmarks/NOTES.md).
+DEFAULT_MAX_NUM_BATCHED_TOKENS = {"cuda": 16376, "cpu": 1024}
 MAX_DRAFT_STEP = {"cuda": 256, "cpu": 64}  # tokens of a step with drafts: the model's weights take as long for one
 
 
@@ -48,7 +51,7 @@ class Engine:
         ConfigError: the model or a limit in `config` cannot be used.
     """
 
-    def __init__(self, config: EngineConfig, weights: Callable[[], dict[str, torch.Tensor]] = dict):
+    def __init__(self, config: EngineConfig, weights: Callable[[ModelInfo], dict[str, torch.Tensor]] = lambda _: {}):
         self.config = config
         self.model = load_model(config, weights)
         self.device, self.info = self.model.device, self.model.info
@@ -76,7 +79,9 @@ class Engine:
         self.runner.allocate(num_blocks)
         self.runner.capture_graphs()
         self.pool = BlockPool(num_blocks, config.block_size, config.enable_prefix_caching)
-        self.scheduler = Scheduler(self.pool, self.max_num_seqs, self.max_num_batched_tokens, MAX_DRAFT_STEP[kind])
+        num_weights = sum(weight.numel() for weight in self.model.module.parameters())
+        limits = self.max_num_seqs, self.max_num_batched_tokens, MAX_DRAFT_STEP[kind]
+        self.scheduler = Scheduler(self.pool, *limits, min_pace=int(LAUNCH * self.info.num_layers / num_weights))
         self.stats = EngineStats()
         self.on_admit: Callable[[list[str]], object] | None = None  # told the ids of rows before they run
         self._requests: dict[str, Request] = {}

@@ -1,7 +1,8 @@
 """The small fused operations of a decoder: Triton kernels on a GPU, the torch functions below on a CPU.
 
 Shapes: T tokens, C channels, I intermediate size, H query heads, K key/value heads, D head size, R rotary size (the
-first R of D), M table positions, N KV blocks, S slots of a block. No input but the KV cache is overwritten.
+first R of D), M table positions, N KV blocks, S slots of a block. No input is overwritten but the KV cache and, by the
+kernel of `act_mul`, its own.
 """
 
 import functools

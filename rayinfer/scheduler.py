@@ -45,16 +45,20 @@ class Scheduler:
         max_num_seqs: rows that hold a slot at once.
         max_num_batched_tokens: tokens of one step, decodes and prompt chunks together.
         max_draft_step: tokens of a step that are about as fast as one; up to there, rows get drafts (speculation.py).
+        min_pace: of `Pace`.
     """
 
-    def __init__(self, pool: BlockPool, max_num_seqs: int, max_num_batched_tokens: int, max_draft_step: int = 0):
+    def __init__(
+        self, pool: BlockPool, max_num_seqs: int, max_num_batched_tokens: int, max_draft_step: int = 0,
+        min_pace: int = 2048,
+    ):  # fmt: skip
         self.pool = pool
         self.max_num_batched_tokens, self.max_draft_step = max_num_batched_tokens, max_draft_step
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.num_preemptions = self._num_steps = 0
         self.all_known = False  # the rows that wait are all that there are, the longest first
-        self._pace = Pace(pool, self.running, self.waiting)
+        self._pace = Pace(pool, self.running, self.waiting, min_pace)
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._new_blocks: list[tuple[int, int, int]] = []
         self.admitted: list[Request] = []  # rows that got a slot in the newest step

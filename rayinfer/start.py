@@ -1,4 +1,4 @@
-"""Start an engine: its weights come to the GPU while Python imports what runs them, each a matter of seconds."""
+"""Start an engine: its weights come to the GPU while Python imports what runs them, and kernels are compiled."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from rayinfer.engine import Engine
+    from rayinfer.models.model import ModelInfo
 
 NUM_THREADS = 4
 PIECE = 2**26  # bytes that a thread reads at once
@@ -33,10 +34,17 @@ def start_engine(config: EngineConfig) -> Engine:
             gc.disable()  # a quarter of the time of these imports, which leave nothing to collect
             try:
                 from rayinfer.engine import Engine
+                from rayinfer.runner.warmup import warm_up
             finally:
                 if collects:
                     gc.enable()
-            engine = Engine(config, weights.result)
+
+            def ready(info: ModelInfo) -> dict[str, torch.Tensor]:
+                if not weights.done() and info.specs:
+                    warm_up(config, info)
+                return weights.result()
+
+            engine = Engine(config, ready)
         finally:
             stop.set()  # after Ctrl-C, or if the model is refused, nobody waits for what is left to read
         gc.freeze()  # modules and weights stay; to look through them again and again would hold up steps

@@ -25,7 +25,7 @@ FUSED = {
     "transformers.models.qwen3.modeling_qwen3.Qwen3Model": False,
     "transformers.models.gemma3.modeling_gemma3.Gemma3TextModel": True,
 }
-MLP_TOKENS = 4096  # computed at once, or half as many again: what is wide is short, and larger products no faster
+PIECE = 8188  # tokens of an MLP 28,672 wide that are computed at once: with more, a step's memory would peak there
 _ACT = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
@@ -84,6 +84,7 @@ class FusedMLP(nn.Module):
         self.down = Linear.merge([mlp.down_proj])
         self.kind = kind
         self.ops = get_ops(self.down.weight.device)
+        self.num_at_once = max(1, PIECE * 28672 // len(self.gate_up.weight))
 
     def forward(self, x_TC: Tensor) -> Tensor:
         return self.ops.act_mul(self.gate_up(x_TC), self.kind)
@@ -119,7 +120,7 @@ class FusedLayer(nn.Module):
             stream_TC = stream_TC[outputs.index_L]
         x_TC, stream_TC = _end_block(self.attention.out, x_TC, self.post_attention, stream_TC)
         x_TC, stream_TC = self.pre_mlp.add(x_TC, stream_TC)
-        num_pieces = max(1, -(-(len(x_TC) - MLP_TOKENS // 2) // MLP_TOKENS))
+        num_pieces = max(1, -(-len(x_TC) // self.mlp.num_at_once))
         ends = [
             _end_block(self.mlp.down, self.mlp(x_TC), self.post_mlp, stream_TC)
             for x_TC, stream_TC in zip(x_TC.chunk(num_pieces), stream_TC.chunk(num_pieces), strict=True)

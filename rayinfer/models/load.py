@@ -7,6 +7,7 @@ engine starts; `load_model` does the same and then loads.
 import copy
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -37,11 +38,12 @@ def inspect_model(config: EngineConfig) -> ModelInfo:
     return _inspect(config)[2]
 
 
-def load_model(config: EngineConfig, weights: Callable[[], dict[str, torch.Tensor]] = dict) -> Model:
+def load_model(config: EngineConfig, weights: Callable[[ModelInfo], dict[str, torch.Tensor]] = lambda _: {}) -> Model:
     """Load the model to its device, with paged attention, and fused if config.fuse and its structure is known.
 
     Args:
-        weights: waits for tensors that were read ahead, and gives them away; none: read them here.
+        weights: waits for tensors that were read ahead, and gives them away; none: read them here. It is told what to
+            expect, for what can be done meanwhile.
 
     Raises:
         ConfigError, UnsupportedModelError: as inspect_model, and for weights that do not fit the architecture.
@@ -55,7 +57,7 @@ def load_model(config: EngineConfig, weights: Callable[[], dict[str, torch.Tenso
     if config.load_format == "dummy":
         module = _dummy(config, hf_config, info.dtype, device)
     else:
-        module = _pretrained(config, source, hf_config, info.dtype, device, weights())
+        module = _pretrained(config, source, hf_config, info.dtype, device, weights(info))
     module.eval().requires_grad_(False)
     state = discover(module)
     fused = config.fuse and fuse(module, info.max_model_len)
@@ -123,7 +125,8 @@ def _inspect(config: EngineConfig) -> tuple[Source, PreTrainedConfig, ModelInfo]
     check_config(architecture, text)
     try:
         with torch.device("meta"):
-            discover(_from_config(config, copy.deepcopy(hf_config), info.dtype))
+            state = discover(_from_config(config, copy.deepcopy(hf_config), info.dtype))
+        info = replace(info, specs=tuple(state.specs))
     except RuntimeError:
         pass  # mixtures of experts route by values, which meta tensors lack: looked at again with the weights
     except (KeyError, TypeError, AttributeError, AssertionError) as error:

@@ -2,13 +2,13 @@
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rayinfer.attention.base import AttentionBackend, LayerCache, StepMeta
+from rayinfer.attention.base import AttentionBackend, LayerCache, LayerSpec, StepMeta
 from rayinfer.models.paged import PagedState
 
 
@@ -22,6 +22,7 @@ class ModelInfo:
         max_model_len: the limit that rows have: the configured one, else the model's own.
         eos_token_ids: of the generation config and the model config together, sorted.
         dtype: of the weights once loaded.
+        specs: attention of each layer; empty before the weights are there if it routes by values (mixtures of experts).
     """
 
     architecture: str
@@ -32,6 +33,7 @@ class ModelInfo:
     dtype: torch.dtype
     num_layers: int
     hidden_size: int
+    specs: tuple[LayerSpec, ...] = ()
 
 
 class Model:
@@ -45,7 +47,7 @@ class Model:
     """
 
     def __init__(self, info: ModelInfo, module: nn.Module, state: PagedState, fused: bool, one_by_one: bool = False):
-        self.info = info
+        self.info = replace(info, specs=tuple(state.specs))
         self.module = module
         self.fused, self.one_by_one = fused, one_by_one
         self._state, self.specs = state, state.specs

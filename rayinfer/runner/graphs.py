@@ -19,6 +19,12 @@ from rayinfer.plan import StepPlan
 if TYPE_CHECKING:
     from rayinfer.runner.runner import Runner
 
+# Rows of a graph. The time of cuBLAS' products is no monotonous function of them: of a layer of the 8B's 263 us at 408
+# rows, 420 at 448, 293 at 456. These lose 1 % on average to the best larger number, and multiples of 16 to 64 lose 6
+# (benchmarks/NOTES.md).
+SIZES = (1, 2, 4, *range(8, 65, 8), 88, 104, 128, 136, 152, 184, 200, 216, 248, 256, 280, 312, 344, 384, 408, 432, 488)
+SIZES += (512, 568, 632, 696, 760, 824, 888, 952, 1024)
+
 
 class _Kind(NamedTuple):
     """Whether a graph ends with logits instead of tokens, and whether it has prefix groups."""
@@ -39,7 +45,7 @@ class DecodeGraphs:
 
     def __init__(self, runner: Runner, max_num_seqs: int):
         self._runner = runner
-        sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 512, 32), *range(512, max_num_seqs, 64)]
+        sizes = [*SIZES, *range(SIZES[-1] + 56, max_num_seqs, 64)]
         self._sizes = sorted({min(size, max_num_seqs) for size in sizes} | {max_num_seqs})
         self._captured: dict[tuple[int, _Kind], _Captured] = {}
         self._warm: set[tuple[_Kind, int]] = set()

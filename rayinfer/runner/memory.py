@@ -55,7 +55,7 @@ def num_kv_blocks(config: EngineConfig, runner: Runner, max_num_seqs: int, max_n
 
 def _gpu_bytes(config: EngineConfig, runner: Runner, max_num_seqs: int, max_num_batched_tokens: int) -> int:
     """Bytes left for KV after trial steps of the largest size, which also compile the kernels."""
-    warm_up(runner)
+    warm_up(config, runner.model.info)  # if that was not done while the weights were read
     runner.allocate(2)
     gc.collect()
     torch.cuda.empty_cache()

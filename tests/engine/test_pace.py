@@ -29,9 +29,9 @@ def drive(scheduler):
     return np.array(tokens), np.array(decodes)
 
 
-def steps_of(lens, all_known, num_prompt=512, num_slots=1024):
+def steps_of(lens, all_known, num_prompt=512, num_slots=1024, **limits):
     """Run rows of these numbers of tokens to generate; returns tokens and decodes of each step."""
-    scheduler = Scheduler(BlockPool(60_000, 16, True), num_slots, 16384)
+    scheduler = Scheduler(BlockPool(60_000, 16, True), num_slots, 16384, **limits)
     scheduler.all_known = all_known
     for index, num in enumerate(sorted(lens, reverse=True)):
         prompt = [index * num_prompt + i for i in range(num_prompt)]
@@ -65,6 +65,12 @@ def test_nothing_to_spread(lens, num_slots):
         np.testing.assert_array_equal(fast, paced)
 
 
+def test_no_pace_for_small_models():
+    """Their steps end before the host has launched the next one: the fewer steps with prompts, the better."""
+    lens = np.random.default_rng(0).integers(64, 193, 1000)
+    np.testing.assert_array_equal(steps_of(lens, False), steps_of(lens, True, min_pace=16_000))
+
+
 def run_in(num_blocks, rows, all_known=True, prefix=(), ignore_eos=True):
     """Rows of (prompt, output) tokens behind a prefix, in so many KV blocks: preemptions, and tokens computed."""
     scheduler = Scheduler(BlockPool(num_blocks, 16, True), 1024, 4096)
@@ -74,7 +80,7 @@ def run_in(num_blocks, rows, all_known=True, prefix=(), ignore_eos=True):
         params = SamplingParams(temperature=0, max_tokens=int(num), ignore_eos=ignore_eos)
         scheduler.add(Request(str(index), prompt, params, max_total_tokens=len(prompt) + int(num)))
     tokens, decodes = drive(scheduler)
-    return scheduler.num_preemptions, int(tokens.sum()), decodes.tolist()
+    return scheduler.num_preemptions, int(tokens.sum()), decodes.tolist(), (tokens - decodes).tolist()
 
 
 @pytest.mark.parametrize("prefix", [(), tuple(range(100))])
@@ -89,12 +95,14 @@ def run_in(num_blocks, rows, all_known=True, prefix=(), ignore_eos=True):
 def test_rows_that_the_cache_cannot_hold_to_their_ends(rows, prefix):
     """They come in as fast as it holds them, and few are preempted and computed anew."""
     num_blocks = 625 + len(prefix) // 16  # 10,000 tokens and the prefix
-    preempted, computed, _ = run_in(num_blocks, rows, prefix=prefix)
-    many, anew, _ = run_in(num_blocks, rows, all_known=False, prefix=prefix)
+    preempted, computed, _, prompts = run_in(num_blocks, rows, prefix=prefix)
+    many, anew, *_ = run_in(num_blocks, rows, all_known=False, prefix=prefix)
     least = sum(map(sum, rows)) - len(rows)
     assert many > len(rows) / 20  # what would happen
     assert preempted <= many / 2
     assert computed - least < (anew - least) / 3 + 16 * len(rows) * bool(prefix)  # what is left of a block
+    if len(set(rows)) == 1:
+        assert np.median([num for num in prompts if num > 100]) > 1024  # many at a time
 
 
 def test_a_long_prefix_of_all_rows_is_in_the_cache_once():

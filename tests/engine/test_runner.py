@@ -77,10 +77,10 @@ def test_steps_without_samples(make_llm, reference_of):
 
 def test_threads_that_compile_use_the_runners_gpu(make_llm, monkeypatch):
     """The current GPU is one of a thread, the first unless it is told otherwise."""
-    runner, seen = make_llm("llama").engine.runner, []
+    engine, seen = make_llm("llama").engine, []
     monkeypatch.setattr(torch.cuda, "set_device", seen.append)
-    warm_up(runner)
-    assert set(seen) == {runner.device}
+    warm_up(engine.config, engine.info)
+    assert set(seen) == {engine.device}
 
 
 def test_the_largest_step_must_fit(make_llm, monkeypatch):

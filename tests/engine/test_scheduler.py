@@ -223,7 +223,6 @@ def engine(folder_of) -> Engine:
 def any_pace():
     """Steps here are far too small to be paced in earnest, and texts too short for long n-grams."""
     with (
-        patch("rayinfer.pace.MIN_PACE", 1),
         patch("rayinfer.speculation.NGRAM", 1),
         patch("rayinfer.scheduler.MIN_DRAFTS", 0.1),
     ):
@@ -244,7 +243,7 @@ def test_every_row_gets_its_tokens(engine, data):
 
     engine.pool = BlockPool(num_blocks, block_size, data.draw(st.booleans(), "prefix caching"))
     max_draft_step = data.draw(st.integers(0, 40), "max_draft_step")
-    engine.scheduler = Scheduler(engine.pool, max_num_seqs, budget, max_draft_step)
+    engine.scheduler = Scheduler(engine.pool, max_num_seqs, budget, max_draft_step, min_pace=1)
     engine.scheduler.all_known = data.draw(st.booleans(), "all_known")
     engine.max_model_len = max_model_len
     run_ahead = data.draw(st.integers(0, 2), "run_ahead")

@@ -55,4 +55,5 @@ def test_act_mul(tokens, channels, kind, name, dtype, device):
     x_T2I[0, :2] = torch.tensor([60.0, -60.0])  # saturates, on both sides
     want_TI = ACT2FN[name](x_T2I[:, :channels]) * x_T2I[:, channels:]
     got_TI = act_mul(x_T2I.to(device), kind)
+    assert got_TI.stride(0) == 2 * channels or tokens == 1  # in place
     torch.testing.assert_close(got_TI.cpu(), want_TI, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])

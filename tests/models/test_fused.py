@@ -9,7 +9,6 @@ import torch
 
 from rayinfer.attention import StepMeta, get_backend
 from rayinfer.config import EngineConfig
-from rayinfer.models import fused
 from rayinfer.models.fused import FUSED, FusedAttention, FusedLayer, FusedMLP, fuse
 from rayinfer.models.linear import Linear
 from rayinfer.models.load import load_model
@@ -83,13 +82,13 @@ def test_mlp_block(pair):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("at_once", [T, T - 1, 8, 1])
-def test_decoder_layer(pair, at_once, monkeypatch):
+def test_decoder_layer(pair, at_once):
     """With something that is still to be added to the stream, and without; the feed-forward block in pieces too."""
-    monkeypatch.setattr(fused, "MLP_TOKENS", at_once)
     for i, layer in enumerate(pair.decoder.layers):
         x, (cos, sin), mask = pair.inputs(i)
         expected = layer(x, position_embeddings=(cos, sin), attention_mask=mask)[0]
         swapped = FusedLayer(pair.layers[i], pair.gemma, pair.kind)
+        swapped.mlp.num_at_once = at_once
         part = torch.randn(T, pair.config.hidden_size)
         for block_out, stream in ((None, x[0].clone()), (part, x[0] - part)):
             last, stream = swapped(block_out, stream, cos[0], sin[0])

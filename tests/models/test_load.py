@@ -350,7 +350,7 @@ def test_weights_that_were_read_ahead(make_family, family_name):
     weights: dict[str, torch.Tensor] = {}
     for path in weight_files(Path(config.model)):
         weights |= load_file(path)
-    got, want = load_model(config, lambda: weights), load_model(config)
+    got, want = load_model(config, lambda info: weights), load_model(config)
     assert weights == {}
     ours, theirs = dict(got.module.named_parameters()), dict(want.module.named_parameters())
     assert ours.keys() == theirs.keys()
