@@ -80,7 +80,7 @@ def run_in(num_blocks, rows, all_known=True, prefix=(), ignore_eos=True):
         params = SamplingParams(temperature=0, max_tokens=int(num), ignore_eos=ignore_eos)
         scheduler.add(Request(str(index), prompt, params, max_total_tokens=len(prompt) + int(num)))
     tokens, decodes = drive(scheduler)
-    return scheduler.num_preemptions, int(tokens.sum()), decodes.tolist(), (tokens - decodes).tolist()
+    return scheduler.num_preemptions, int(tokens.sum()), decodes.tolist()
 
 
 @pytest.mark.parametrize("prefix", [(), tuple(range(100))])
@@ -95,14 +95,12 @@ def run_in(num_blocks, rows, all_known=True, prefix=(), ignore_eos=True):
 def test_rows_that_the_cache_cannot_hold_to_their_ends(rows, prefix):
     """They come in as fast as it holds them, and few are preempted and computed anew."""
     num_blocks = 625 + len(prefix) // 16  # 10,000 tokens and the prefix
-    preempted, computed, _, prompts = run_in(num_blocks, rows, prefix=prefix)
-    many, anew, *_ = run_in(num_blocks, rows, all_known=False, prefix=prefix)
+    preempted, computed, _ = run_in(num_blocks, rows, prefix=prefix)
+    many, anew, _ = run_in(num_blocks, rows, all_known=False, prefix=prefix)
     least = sum(map(sum, rows)) - len(rows)
     assert many > len(rows) / 20  # what would happen
     assert preempted <= many / 2
     assert computed - least < (anew - least) / 3 + 16 * len(rows) * bool(prefix)  # what is left of a block
-    if len(set(rows)) == 1:
-        assert np.median([num for num in prompts if num > 100]) > 1024  # many at a time
 
 
 def test_a_long_prefix_of_all_rows_is_in_the_cache_once():
