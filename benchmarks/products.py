@@ -1,4 +1,4 @@
-"""A layer's matrix products by the number of tokens: how many rows a CUDA graph should have, and how many tokens a step.
+"""A layer's matrix products by tokens: how many rows a CUDA graph should have, and how many tokens a step with prompts.
 
     python benchmarks/products.py --model FOLDER [--parts rows,tokens] [--out PATH]
     python benchmarks/products.py --sizes PATH [PATH ...]
