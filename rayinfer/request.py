@@ -77,12 +77,9 @@ class RequestOutput:
 
 def failed_output(row: EncodedRow | None, error: RowError, request_id: str = "") -> RequestOutput:
     """The output of a row that never ran."""
-    return RequestOutput(
-        request_id=request_id, prompt=row.prompt if row else None,
-        prompt_token_ids=row.prompt_token_ids if row else [],
-        outputs=[CompletionOutput(index=0, text="", token_ids=[], finish_reason="error")], error_type=str(error.type),
-        error_message=str(error),
-    )  # fmt: skip
+    prompt, ids = (row.prompt, row.prompt_token_ids) if row else (None, [])
+    outputs = [CompletionOutput(index=0, text="", token_ids=[], finish_reason="error")]
+    return RequestOutput(request_id, prompt, ids, outputs, error_type=str(error.type), error_message=str(error))
 
 
 @dataclass(slots=True, eq=False)
