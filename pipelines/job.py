@@ -179,12 +179,10 @@ def load_job(path: str | os.PathLike[str], *, limit: int | None = None) -> JobSp
         value = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except OSError as error:
         raise ConfigError(f"job file {str(path)!r}: {error.strerror}") from None
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise ConfigError(f"{path.name}: not valid YAML: {where}{error.problem}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path.name}: not valid YAML: {error}") from None
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ConfigError(f"{path.name}: not valid YAML: {where}{getattr(error, 'problem', error)}") from None
     spec = JobSpec.parse(value, place=path.name, base=path.parent)
     if limit is not None:
         spec = spec.model_copy(update={"source": spec.source.model_copy(update={"limit": limit})})
