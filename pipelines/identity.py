@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -22,10 +21,9 @@ MAX_SHOWN = 8
 _SHOWN_CHARS = 60
 
 # How a replica works, not what it answers: a job may go on with more memory or on another machine.
-_FREE = {"device", "max_num_seqs", "max_num_batched_tokens", "block_size", "gpu_memory_utilization", "num_threads"} | {
-    *("num_gpu_blocks_override", "cpu_kv_cache_gib", "enable_prefix_caching", "prefill_backend", "decode_backend"),
-    *("fuse", "enforce_eager"),
-}
+_FREE = {"device", "max_num_seqs", "max_num_batched_tokens", "block_size", "gpu_memory_utilization", "num_threads"}
+_FREE |= {"num_gpu_blocks_override", "cpu_kv_cache_gib", "enable_prefix_caching", "fuse", "enforce_eager"}
+_FREE |= {"prefill_backend", "decode_backend"}
 _WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx")
 _HASHED_BYTES = 2**20  # of a .gguf file, whose head holds the configuration and the tokenizer
 
@@ -65,7 +63,7 @@ def _model_files(source: str) -> dict[str, str]:
     for file in files:
         with file.open("rb") as f:
             head = f.read(_HASHED_BYTES) if file.suffix == ".gguf" else b"" if file.suffix in _WEIGHTS else f.read()
-        told[file.name] = f"{os.path.getsize(file):,} bytes"
+        told[file.name] = f"{file.stat().st_size:,} bytes"
         told[file.name] += f", sha256 {hashlib.sha256(head).hexdigest()[:16]}" if head else ""
     return told
 
