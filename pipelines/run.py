@@ -79,7 +79,6 @@ def prepare(spec: JobSpec, *, overwrite: bool = False) -> Plan:
     table, schema = open_table(spec.sink, store), output_schema(census, spec, same["format"])
     if table is not None:
         schema = table.fit(schema)
-    plan = Plan(spec, store, same, census, schema, log, marker, table)
     if marker is None:
         from rayinfer.inputs import load_tokenizer  # not for a job that is complete: transformers costs seconds
         from rayinfer.models.load import inspect_model
@@ -90,7 +89,7 @@ def prepare(spec: JobSpec, *, overwrite: bool = False) -> Plan:
             tokenizer = load_tokenizer(on_cpu)
             if tokenizer is None or not tokenizer.chat_template:
                 raise ConfigError(f"messages: model {spec.model.model!r} has no chat template; write `prompt` instead")
-    return plan
+    return Plan(spec, store, same, census, schema, log, marker, table)
 
 
 def read_marker(store: Store, log: CommitLog) -> dict[str, Any] | None:
