@@ -165,8 +165,8 @@ class _Round:
                 self.running[self.writes.start(fresh, references)] = references
 
 
-class _Ended(Exception):  # noqa: N818  # the round is over: the blocks failed, and the cause says why; or it stood still
-    pass
+class _Ended(Exception):  # noqa: N818
+    """The round is over: the blocks failed, and the cause says why; or it stood still."""
 
 
 class _Pump:
