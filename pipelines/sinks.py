@@ -56,8 +56,7 @@ class PartWriter:
             only: the row numbers to write (int64); None: all that the blocks have.
         """
         tables = [to_arrow(block) for block in blocks]
-        numbers = np.concatenate([table[NUMBER].to_numpy() for table in tables])
-        numbers, first = np.unique(numbers, return_index=True)
+        numbers, first = np.unique(np.concatenate([table[NUMBER].to_numpy() for table in tables]), return_index=True)
         if only is not None:
             kept = np.isin(numbers, only)
             numbers, first = numbers[kept], first[kept]
