@@ -14,7 +14,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from itertools import accumulate
 from typing import Any, Self
 from urllib.parse import unquote
@@ -133,9 +132,8 @@ def take_census(spec: SourceSpec, listing: Listing | None = None) -> Census:
     """
     listing = listing or list_source(spec)
     format, chosen = listing.format, listing.files
-    scan = partial(_scan, fs=listing.fs, root=listing.root, format=format, limit=spec.limit)
     with ThreadPoolExecutor(NUM_LIST_THREADS) as pool:
-        schemas, units = zip(*pool.map(scan, chosen), strict=True)
+        schemas, units = zip(*pool.map(lambda file: _scan(file, listing, spec.limit), chosen), strict=True)
     every = _numbered(unit for some in units for unit in some)
     limit = spec.limit or sum(unit.num_rows for unit in every)
     kept = [replace(u, num_rows=min(u.num_rows, limit - u.first_number)) for u in every if u.first_number < limit]
@@ -241,9 +239,9 @@ def _choose_format(spec: SourceSpec, files: list[str]) -> tuple[str, list[str]]:
     raise ConfigError(f"source.uri = {spec.uri!r}: none of {len(files)} file(s) is {wanted}; set source.format")
 
 
-def _scan(file: str, *, fs: Any, root: str, format: str, limit: int | None) -> tuple[pa.Schema, list[Unit]]:
+def _scan(file: str, listing: Listing, limit: int | None) -> tuple[pa.Schema, list[Unit]]:
     """Columns and units of one file; of a text file, which is read to its end (or limit), one unit."""
-    name = _relative(file, root)
+    fs, format, name = listing.fs, listing.format, _relative(file, listing.root)
     units: list[Unit] = []
     first_row = 0
     try:
