@@ -38,9 +38,8 @@ class PromptTemplate:
     def __init__(self, prompt: str | None = None, messages: Sequence[tuple[str, str]] = ()):
         self._given = prompt, messages
         self._roles = None if prompt is not None else [role for role, _ in messages]
-        self._sources = {f"messages.{i}.content": text for i, (_, text) in enumerate(messages)}
-        if prompt is not None:
-            self._sources = {"prompt": prompt}
+        contents = {f"messages.{i}.content": text for i, (_, text) in enumerate(messages)}
+        self._sources = contents if prompt is None else {"prompt": prompt}
         self._compiled = []
         for place, text in self._sources.items():
             try:
