@@ -222,12 +222,11 @@ class LLMProcessor:
 
     def _block(self, source: _Source, results: Mapping[int, RequestOutput | RowError]) -> pa.Table:
         rows = [col.output_row(result, source.attempt) for result in results.values()]
-        taken = take_rows(source.table, list(results))
         if self._on_error == "raise":
             for row, index in zip(rows, results, strict=True):
                 if (error := col.error_of(row)) is not None:
                     col.raise_row(error, col.to_rows(source.table.slice(index, 1))[0][0], index)
-        return col.with_columns(taken, col.table_of(rows, source.columns))
+        return col.with_columns(take_rows(source.table, list(results)), col.table_of(rows, source.columns))
 
 
 @dataclass(frozen=True, eq=False)
