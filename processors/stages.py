@@ -124,9 +124,9 @@ def finish(table: pa.Table, postprocess: RowFunction | None, on_error: str, seco
     rows, _ = col.to_rows(table)
     for row, new in zip(rows, added, strict=bool(added)):
         row.update({key: value for key, value in new.items() if key not in outputs})
-    results: list[Mapping[str, Any] | None] = []
     errors: list[RowError | None] = []
     answers = call_all(postprocess, rows, Stage.POSTPROCESS, seconds)
+    results = [None if isinstance(answer, RowError) else answer for answer in answers]
     for index, (row, result) in enumerate(zip(rows, answers, strict=True)):
         error = col.error_of(row)
         if isinstance(result, RowError):
@@ -134,7 +134,6 @@ def finish(table: pa.Table, postprocess: RowFunction | None, on_error: str, seco
                 col.raise_row(result, row, index)
             error = error or result
             row.update(col.error_values(error, Stage.ENCODE))
-        results.append(None if isinstance(result, RowError) else result)
         errors.append(error)
     replaced = {name for new in added for name in new if name not in outputs}
     sample: Any = {}
@@ -144,9 +143,8 @@ def finish(table: pa.Table, postprocess: RowFunction | None, on_error: str, seco
 
 
 def _with_added(table: pa.Table, added: Sequence[Mapping[str, Any]], outputs: Sequence[str]) -> pa.Table:
-    names = dict.fromkeys(name for row in added for name in row if name not in outputs)
     arrays: dict[str, Any] = {}
-    for name in names:
+    for name in dict.fromkeys(name for row in added for name in row if name not in outputs):
         own = _own(table.column(name)) if name in table.column_names else [None] * len(added)
         values = [row.get(name, old) for row, old in zip(added, own, strict=True)]
         arrays[name] = _input_array(name, values) if name in _INPUT_TYPES else to_array(values, table, name)
@@ -169,8 +167,7 @@ def _result_table(
     names = list(dict.fromkeys(name for result in [*shape, sample] for name in result)) or table.column_names
     arrays: dict[str, Any] = {}
     for name in names:
-        pairs = zip(rows, results, strict=True)
-        values = [row.get(name) if result is None else result.get(name) for row, result in pairs]
+        values = [(row if result is None else result).get(name) for row, result in zip(rows, results, strict=True)]
         passed_through = all(value is row.get(name) for value, row in zip(values, rows, strict=True))
         passed_through &= name not in col.ERROR_COLUMNS or None not in results  # the table does not know these errors
         own = name in table.column_names and name not in replaced
