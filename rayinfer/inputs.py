@@ -36,10 +36,9 @@ def load_tokenizer(config: EngineConfig) -> PreTrainedTokenizerBase | None:
         extra |= {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
         return AutoTokenizer.from_pretrained(source, **extra)
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(
-            f"tokenizer = {config.tokenizer or config.model!r}: cannot be loaded ({error}); give `tokenizer`, or "
-            f"skip_tokenizer_init=True if rows bring prompt_token_ids"
-        ) from error
+        place = f"tokenizer = {config.tokenizer or config.model!r}"
+        hint = "give `tokenizer`, or skip_tokenizer_init=True if rows bring prompt_token_ids"
+        raise ConfigError(f"{place}: cannot be loaded ({error}); {hint}") from error
 
 
 class InputProcessor:
@@ -166,17 +165,16 @@ class InputProcessor:
             raise RowError(ErrorType.TEMPLATE_ERROR, f"chat template: {describe(error, messages)}") from None
         return self._text(text)
 
-    def _tokenize(self, texts: list[str], add_special_tokens: bool) -> Sequence[list[int] | RowError]:
+    def _tokenize(self, texts: list[str], special: bool) -> Sequence[list[int] | RowError]:
         if not texts:
             return []
         assert self.tokenizer is not None
         try:
-            options = {"add_special_tokens": add_special_tokens, "return_attention_mask": False}
-            return self.tokenizer(texts, **options)["input_ids"]
+            return self.tokenizer(texts, add_special_tokens=special, return_attention_mask=False)["input_ids"]
         except Exception as error:  # for example a lone surrogate, which no UTF-8 tokenizer takes
             if len(texts) == 1:
                 return [_bad(f"the tokenizer refused the text: {type(error).__name__}")]
-        return [self._tokenize([text], add_special_tokens)[0] for text in texts]
+        return [self._tokenize([text], special)[0] for text in texts]
 
     def _checked(self, ids: list[int], params: SamplingParams, text: str | None) -> EncodedRow:
         if not ids:
