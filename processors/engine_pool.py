@@ -55,16 +55,15 @@ class SharedProcessor:
 
     def __init__(self, place: Membership, **kwargs: Any):
         self._processor = place.processor, kwargs
-        self._engine: Any = None
         here = ray.get_runtime_context()
         options: Any = {"name": place.pool, "get_if_exists": True, "lifetime": "detached"}
         options["namespace"] = f"rayinfer-{here.get_job_id()}"  # pools of other jobs are others
-        while self._engine is None:
+        while True:
             with contextlib.suppress(RayActorError):  # the pool that was found was about to end
                 pool = EnginePool.options(**options).remote()  # type: ignore[attr-defined]
-                engine = ray.get(pool.join.remote(here.get_actor_id(), place))
-                ray.get(engine.load.remote(*self._processor))
-                self._engine = engine
+                self._engine: Any = ray.get(pool.join.remote(here.get_actor_id(), place))
+                ray.get(self._engine.load.remote(*self._processor))
+                return
 
     def __call__(self, batch: DataBatch) -> Iterator[pa.Table]:
         try:
