@@ -128,10 +128,9 @@ class Processor:
         tokenizers, prepare_cpus = getattr(prepare.get("compute"), "min_size", fixed), prepare.get("num_cpus")
         given = engines * (config.num_cpus or 0) + tokenizers * (prepare_cpus or 0)
         if given and given > total_cpus - 1:
-            raise ConfigError(
-                f"num_cpus: {engines} engines and {tokenizers} tokenizer actors would hold {given:g} of the cluster's "
-                f"{total_cpus:g} CPUs, and reading needs one; set a smaller num_cpus (0 is allowed) or concurrency"
-            )
+            actors = f"{engines} engines and {tokenizers} tokenizer actors"
+            text = f"{actors} would hold {given:g} of the cluster's {total_cpus:g} CPUs, and reading needs one"
+            raise ConfigError(f"num_cpus: {text}; set a smaller num_cpus (0 is allowed) or concurrency")
         # Engines on GPUs are all asked for in the beginning, those that need a new node too.
         taking = most if num_gpus else engines
         wanted = given + taking * (config.num_cpus is None) + tokenizers * (prepare_cpus is None)
