@@ -268,10 +268,8 @@ class _Child:
         (self._inbox, its_outbox), (its_inbox, self._outbox) = Pipe(duplex=False), Pipe(duplex=False)
         self._dump = tempfile.TemporaryFile()  # noqa: SIM115  # it is gone with this object
         fds = its_inbox.fileno(), its_outbox.fileno(), self._dump.fileno()
-        code = (
-            f"import sys; sys.path[:] = {[path or os.getcwd() for path in sys.path]!r}; "
-            f"from rayinfer.engine_child import main; main{(*fds, os.getpid())}"
-        )
+        path = [folder or os.getcwd() for folder in sys.path]
+        code = f"import sys; sys.path[:] = {path!r}; from rayinfer.engine_child import main; main{(*fds, os.getpid())}"
         self._process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL, pass_fds=fds)
         its_inbox.close()
         its_outbox.close()
