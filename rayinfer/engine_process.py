@@ -317,8 +317,7 @@ class _Child:
                         self.reason = message[1]
                         continue
                     if message[0] == "stepped":
-                        seconds = time.monotonic() - since
-                        self._longest = seconds if self._longest is None else max(self._longest, seconds)
+                        self._longest = max(self._longest or 0.0, time.monotonic() - since)
                     return message
             except (EOFError, OSError):
                 self._ended()
