@@ -253,10 +253,14 @@ def sampling_defaults(value: SamplingParams | Mapping[str, Any] | None) -> dict[
     return SamplingParams.from_row(value).model_dump(exclude_unset=True)
 
 
+def as_mapping(params: Any) -> Any:
+    """What SamplingParams set; parameters that are none come back as they are."""
+    return params.model_dump(exclude_unset=True) if isinstance(params, SamplingParams) else params
+
+
 def with_defaults(row: Mapping[str, Any], defaults: Mapping[str, Any]) -> Mapping[str, Any]:
     """The row, its sampling parameters completed; what is no mapping is left for the row's check to refuse."""
-    own = row.get("sampling_params")
-    own = own.model_dump(exclude_unset=True) if isinstance(own, SamplingParams) else own
+    own = as_mapping(row.get("sampling_params"))
     if own is None or isinstance(own, Mapping):
         given = {key: value for key, value in (own or {}).items() if value is not None}
         return {**row, "sampling_params": {**defaults, **given}}

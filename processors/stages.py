@@ -14,7 +14,7 @@ from rayinfer.config import EngineConfig
 from rayinfer.errors import RowError, Stage, describe
 from rayinfer.processors import columns as col
 from rayinfer.processors.functions import RowFunction, call_all, failed, utf8
-from rayinfer.processors.llm_processor import INPUTS, sampling_defaults, with_defaults
+from rayinfer.processors.llm_processor import INPUTS, as_mapping, sampling_defaults, with_defaults
 from rayinfer.processors.ray_compat import take_rows
 from rayinfer.sampling import SamplingParams
 
@@ -91,8 +91,7 @@ class Prepare:
         """The input columns of a row; a prompt of whatever kind made by preprocess hides those of the table."""
         inputs = new if any(key in new for key in INPUTS) else row
         request = {key: inputs[key] for key in INPUTS if key in inputs}
-        own = new.get("sampling_params", row.get("sampling_params"))
-        own = own.model_dump(exclude_unset=True) if isinstance(own, SamplingParams) else own
+        own = as_mapping(new.get("sampling_params", row.get("sampling_params")))
         if "sampling_params" in new and isinstance(own, Mapping):  # Python's, so a None in it is meant: no max_tokens
             return {**request, "sampling_params": SamplingParams.from_row({**self._defaults, **own})}
         return with_defaults({**request, "sampling_params": own}, self._defaults)
@@ -217,9 +216,7 @@ def _fit(name: str, value: Any) -> Any:
         return np.array([int(id) for id in value], np.int32).tolist()  # one that does not fit raises
     if name == "messages":
         return [{key: _text(message[key]) for key in ("role", "content") if key in message} for message in value]
-    if isinstance(value, SamplingParams):
-        value = value.model_dump(exclude_unset=True)
-    return _text(value)
+    return _text(as_mapping(value))
 
 
 def _text(value: Any) -> str:
