@@ -179,7 +179,7 @@ def load_job(path: str | os.PathLike[str], *, limit: int | None = None) -> JobSp
         value = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except OSError as error:
         raise ConfigError(f"job file {str(path)!r}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # of its constructors too: a month 99
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise ConfigError(f"{path.name}: not valid YAML: {where}{getattr(error, 'problem', error)}") from None

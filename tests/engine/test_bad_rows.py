@@ -88,7 +88,8 @@ def test_every_bad_row_is_recorded(llm, run_ahead):
     assert all(len(tokens) == 8 for tokens in want)
     failed = [output for output in outputs if output.error_type is not None]
     assert [output.error_type for output in failed] == [kind for _, kind, _ in BAD]
-    for output in failed:
+    for output, row in zip(failed, bad, strict=True):
+        assert isinstance(row.get("prompt"), str) <= (output.prompt == row.get("prompt"))  # kept, so that it is known
         assert output.outputs[0].finish_reason == "error"
         assert output.outputs[0].token_ids == []
         assert output.error_message

@@ -90,6 +90,7 @@ def test_all_that_is_wrong_is_told_at_once():
             r"job.yaml: not valid YAML: line 2, column 1: key 'source' is there twice",
         ),
         ("prompt: {{ text }}", "job.yaml: not valid YAML: line 1, column 10: put quotes around a text that has {{ }}"),
+        ("source: 2001-99-99", "job.yaml: not valid YAML: month must be in 1..12"),
         ("- a", "job.yaml: want a mapping"),
         ("", "job.yaml: want a mapping"),
         ("!!python/object/apply:os.getcwd []", "job.yaml: not valid YAML: .*could not determine a constructor"),
