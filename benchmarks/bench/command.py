@@ -23,6 +23,7 @@ def bench(
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows of the table or job.")] = None,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="MODEL needs only a config.json.")] = False,
     engine_kwargs: Annotated[str, typer.Option(help="More settings of rayinfer's engine, as JSON.")] = "{}",
+    shares: Annotated[bool, typer.Option(help="Then profile steps of each workload: as long again.")] = True,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds for one engine.")] = 1800.0,
     json_file: Annotated[Path, typer.Option("--json", help="The report.")] = Path("bench.json"),
     plot: Annotated[Path, typer.Option(help="The picture.")] = Path("bench.png"),
@@ -46,7 +47,7 @@ def bench(
         chosen = timing.choose_engines(engines)
         options: dict[str, Any] = {"column": column, "max_tokens": max_tokens, "limit": limit, "engine_kwargs": kwargs}
         planned = timing.plan(what, model, **options)
-        planned.engines, planned.timeout = chosen, timeout
+        planned.engines, planned.timeout, planned.shares = chosen, timeout, shares
         report = timing.run(planned, lambda text: console.print(Text(text, style="dim")))
     except json.JSONDecodeError as error:
         cli.refuse(ConfigError(f"--engine-kwargs: not JSON: {error}"))

@@ -45,7 +45,7 @@ def run_rayinfer(request: Line) -> Iterator[Line]:
         num_steps[work.name], before = done - before, done
         if work is not request["warmup"]:
             yield {**line, **more, "steps": num_steps[work.name], "shape": _shape(engine)}
-    for work in request["works"]:  # last: the times of all are there when this is cut short
+    for work in request["works"] if request["shares"] else ():  # last: if this is cut short, all times are there
         llm.reset_prefix_cache()
         asked = sorted(zip(*_asked(rayinfer, work), strict=True), key=lambda row: -row[1].max_tokens)  # as LLM does
         for number, (row, params) in enumerate(asked):

@@ -31,12 +31,16 @@ Line = dict[str, Any]
 
 @dataclass
 class Bench:
-    """What to run: rows, and the engines to run them, in this order. `timeout`: seconds for one engine."""
+    """What to run: rows, and the engines to run them, in this order.
+
+    `timeout`: seconds for one engine. `shares`: whether steps of ours are profiled afterwards.
+    """
 
     config: EngineConfig
     works: list[Workload]
     engines: Sequence[str] = ()  # default: those installed
     timeout: float = 1800.0
+    shares: bool = True
     notes: list[str] = field(default_factory=list)
 
 
@@ -149,7 +153,7 @@ def run(bench: Bench, tell: Any = print) -> Line:
         "model": bench.config.model, "load_format": bench.config.load_format, "vocab": info.vocab_size,
         "dtype": str(info.dtype).removeprefix("torch."), "device": resolve_device(bench.config).type,
         "max_model_len": limit, "engine_kwargs": {**kwargs, "max_model_len": limit, "skip_tokenizer_init": True},
-        "works": [asdict(work) for work in bench.works],
+        "works": [asdict(work) for work in bench.works], "shares": bench.shares,
     }  # fmt: skip
     lines: list[Line] = []
     try:
@@ -249,7 +253,7 @@ def tables(report: Line) -> list[tuple[list[str], list[list[str]]]]:
             shares.append([one["name"], *(f"{share:.0%}" for share in one["shares"].values())])
     ratio_names = [f"rayinfer / {name}" for name in peers]
     header = ["output tokens/s", *engines, *ratio_names, "bound A", "bound B", "bound C"]
-    return [(header, speeds), (["share of rayinfer's time", *parts], shares)]
+    return [(header, speeds), *([(["share of rayinfer's time", *parts], shares)] if shares else [])]
 
 
 def plot(report: Line, path: Path) -> None:

@@ -151,6 +151,17 @@ def test_lines_of_an_engine_are_one():
 
 
 @pytest.mark.slow
+def test_times_alone(model_path):
+    config = EngineConfig.parse(model=str(model_path), device="cpu", cpu_kv_cache_gib=0.01)
+    planned = bench.Bench(config, [Workload("one", [[3, 4]], [3])], ["rayinfer"], shares=False)
+    report = bench.run(planned, str)
+    assert report["notes"] == []
+    assert report["workloads"][0]["shares"] is None
+    assert len(bench.tables(report)) == 1
+    assert report["workloads"][0]["engines"]["rayinfer"]["output_tok_s"] > 0
+
+
+@pytest.mark.slow
 def test_an_interrupted_run_reports_what_it_timed(model_path):
     config = EngineConfig.parse(model=str(model_path), device="cpu")
     works = [Workload("one", [[3, 4]], [3]), Workload("two", [[5] * 20] * 5000, [20] * 5000)]
