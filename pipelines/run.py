@@ -250,15 +250,16 @@ def _finish(plan: Plan, log: CommitLog, result: JobResult, times: _Times) -> Non
     plan.store.remove(log.garbage())
     if (read_job(plan.store) or {}).get("id") != log.job_id:
         raise OutputTakenError("another driver has replaced this job with --overwrite")
-    result.status = "complete"
     marker = {  # figures and parts; no row of the table is in it
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "log": [log.job_id, log.length],
         **{key: value for key, value in result.as_dict().items() if key not in ("samples", "reason")},
+        "status": "complete",
         "versions": {"rayinfer": rayinfer.__version__, "ray": ray.__version__, "python": platform.python_version()},
         "parts": [{"name": name, "num_bytes": part.num_bytes} for name, part in sorted(log.parts.items())],
     }
     plan.store.put(MARKER, json.dumps(marker, indent=1).encode())
+    result.status = "complete"  # not before: who is told so may look for the marker
 
 
 def check_equation(census: Census, log: CommitLog, uri: str) -> str:

@@ -9,6 +9,7 @@ import shutil
 import threading
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from rayinfer.pipelines.keys import pack_rows
 from rayinfer.pipelines.log import CommitLog, Lease, OutputTakenError, Part
 from rayinfer.pipelines.run import check_equation
 from rayinfer.pipelines.sinks import MARKER
-from rayinfer.pipelines.store import META, Store, claim, open_store
+from rayinfer.pipelines.store import META, LocalStore, Store, claim, open_store
 from rayinfer.pipelines.verify import verify
 
 
@@ -219,6 +220,30 @@ def break_part(folder: Path, change: Callable[[bytes], bytes]) -> str:
     path = sorted(folder.glob("part-*"))[0]
     path.write_bytes(change(path.read_bytes()))
     return path.name
+
+
+def test_a_job_whose_marker_cannot_be_written_is_not_complete(finished_job, monkeypatch):
+    """Nor is it told so: the next run has only the marker left to write."""
+    folder = finished_job()
+    (folder / MARKER).unlink()
+
+    def put(store, name, data, real=LocalStore.put):
+        if name in broken:
+            raise OSError(5, "Input/output error")
+        real(store, name, data)
+
+    monkeypatch.setattr(LocalStore, "put", put)
+    broken, statuses = [MARKER], []
+    for _ in range(2):
+        plan = sim.plan_of(open_store(str(folder)), 24)
+        plan = replace(plan, log=CommitLog(plan.store, read_job(plan.store)["id"], 24))
+        monkeypatch.setattr(run, "prepare", lambda *args, plan=plan, **kwargs: plan)
+        result = run.run_job(plan.spec)
+        statuses.append((result.status, result.complete, "Input/output error" in result.reason))
+        assert (folder / MARKER).exists() is result.complete
+        broken.clear()
+    assert statuses == [("incomplete", False, True), ("complete", True, False)]
+    assert verify(str(folder))[1] == []
 
 
 def test_verify_proves_the_table_and_finds_what_is_wrong(finished_job):
