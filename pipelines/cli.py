@@ -101,6 +101,7 @@ def _execute(load: Callable[[], Any], strict: bool, json_file: Path | None, opti
     try:
         if json_file is not None:
             json_file.parent.mkdir(parents=True, exist_ok=True)  # what it is for comes after hours
+            json_file.open("a").close()
         spec = load()
         console.print(Text("checking the job", style="dim"))
         from rayinfer.pipelines.report import print_report

@@ -15,7 +15,7 @@ ROW_NAME = "row"  # `row["my column"]` reaches columns whose name is no Jinja2 i
 def _refuse_none(value: Any) -> Any:
     # Jinja2 prints a null column as the word None, and the model would answer that: a row without its text is bad.
     if value is None:
-        text = "the template prints a null value; use {{ x or '' }} or {% if x %} to allow it"
+        text = "the template prints a null value; use {{ '' if x is none else x }} to allow it in a column x"
         raise RowError(ErrorType.TEMPLATE_ERROR, text)
     return value
 

@@ -60,7 +60,7 @@ class LLM:
         use_tqdm: bool = True, on_error: str = "record",
     ) -> list[RequestOutput]:  # fmt: skip
         """Generate for one conversation (a list of {role, content}) or for a list of them."""
-        if messages and isinstance(messages[0], Mapping):
+        if isinstance(messages, str) or (messages and isinstance(messages[0], Mapping)):
             messages = [messages]
         inputs = self.engine.inputs.with_template(chat_template, chat_template_kwargs)
         return self._run([{"messages": m} for m in messages], sampling_params, inputs, use_tqdm, on_error)

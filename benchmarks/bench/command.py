@@ -39,6 +39,9 @@ def bench(
     console = Console()
     cli.Stopper()
     try:
+        for path in (json_file, plot):  # they come last, after many minutes
+            path.parent.mkdir(parents=True, exist_ok=True)
+        json_file.open("a").close()
         kwargs = json.loads(engine_kwargs)
         if not isinstance(kwargs, dict):
             raise ConfigError(f"--engine-kwargs: want a JSON object, not {engine_kwargs}")
@@ -53,7 +56,7 @@ def bench(
         cli.refuse(ConfigError(f"--engine-kwargs: not JSON: {error}"))
     except KeyboardInterrupt:
         raise typer.Exit(cli.INTERRUPTED) from None
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:
         cli.refuse(error)
     for header, rows in timing.tables(report):
         table = Table(*header, show_lines=False)

@@ -114,6 +114,7 @@ def test_generate_and_chat(llm):
     chat = llm.chat(messages, GREEDY, use_tqdm=False)
     assert chat[0].prompt == "hello"
     assert ids_of(chat) == ids_of(llm.generate(["hello"], GREEDY, use_tqdm=False))
+    assert [output.error_type for output in llm.chat("hello", GREEDY, use_tqdm=False)] == ["INVALID_PROMPT"]
     two = llm.chat([messages, []], GREEDY, use_tqdm=False)
     assert [output.error_type for output in two] == [None, "INVALID_PROMPT"]
     other = llm.chat(messages, GREEDY, chat_template="{{ messages[0].content }} x", use_tqdm=False)

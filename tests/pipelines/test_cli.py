@@ -97,8 +97,11 @@ def test_the_folder_of_the_summary_is_made_before_the_run(job_file, tmp_path, mo
     result = CliRunner().invoke(command_line.app, ["run", str(job_file), "--json", str(tmp_path / "new/sum.json")])
     assert result.exit_code == 2, result.output
     assert (tmp_path / "new").is_dir()
-    result = CliRunner().invoke(command_line.app, ["run", str(job_file), "--json", str(job_file / "sum.json")])
-    assert result.exit_code == 2, result.output
+    for words in (["run", str(job_file)], ["bench", "W1"]):
+        for path in (job_file / "sum.json", tmp_path / "new"):  # below a file, and a folder
+            result = CliRunner().invoke(command_line.app, [*words, "--json", str(path)])
+            assert result.exit_code == 2, result.output
+            assert any(text in result.output for text in ("File exists", "Is a directory", "is a directory"))
 
 
 def test_a_job_that_cannot_go_on_is_not_told_to(job_file, monkeypatch):
