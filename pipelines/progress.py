@@ -72,7 +72,8 @@ class Progress:
         next_plain = time.monotonic() + PLAIN_SECONDS
         while not self._stop.wait(POLL_SECONDS):
             self._stats = self._poll() or self._stats
-            self._note(time.monotonic())
+            if self._started():  # what is shown is of rows that run, not of the time before
+                self._note(time.monotonic())
             if self._live:
                 self._live.update(self._render(), refresh=True)
             elif time.monotonic() >= next_plain:

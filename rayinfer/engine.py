@@ -79,9 +79,8 @@ class Engine:
         self.runner.allocate(num_blocks)
         self.runner.capture_graphs()
         self.pool = BlockPool(num_blocks, config.block_size, config.enable_prefix_caching)
-        num_weights = sum(weight.numel() for weight in self.model.module.parameters())
-        limits = self.max_num_seqs, self.max_num_batched_tokens, MAX_DRAFT_STEP[kind]
-        self.scheduler = Scheduler(self.pool, *limits, min_pace=int(LAUNCH * self.info.num_layers / num_weights))
+        lag = int(LAUNCH * self.info.num_layers / sum(weight.numel() for weight in self.model.module.parameters()))
+        self.scheduler = Scheduler(self.pool, self.max_num_seqs, self.max_num_batched_tokens, MAX_DRAFT_STEP[kind], lag)
         self.stats = EngineStats()
         self.on_admit: Callable[[list[str]], object] | None = None  # told the ids of rows before they run
         self._requests: dict[str, Request] = {}
@@ -209,6 +208,7 @@ class Engine:
                 finished += self._end(request, error)
                 continue
             request.output_token_ids.append(token)
+            self.stats.num_generated_tokens += 1
             if request.params.logprobs is not None and result.logprobs is not None:
                 entry = self._logprob_entry(result.logprobs, number, token, request.params.logprobs)
                 request.output_logprobs.append(entry)
@@ -258,7 +258,7 @@ class Engine:
             stats.num_failed += output.error_type is not None
             stats.num_prompt_tokens += row.num_prompt_tokens
             stats.num_cached_tokens += output.num_cached_tokens
-            stats.num_generated_tokens += len(request.output_token_ids)
+            stats.num_generated_tokens += len(request.output_token_ids) * (row is not request)
         return outputs
 
     def _output(self, request: Request) -> RequestOutput:

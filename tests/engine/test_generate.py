@@ -77,6 +77,7 @@ def test_rows_join_a_running_batch(make_llm, reference_of):
     want = [reference_of("llama").generate(prompt, 20) for prompt in PROMPTS]
     engine = make_llm("llama", run_ahead=1, block_size=4, max_num_batched_tokens=16).engine
     got: dict[str, list[int]] = {}
+    counted: list[tuple[int, int]] = []
     waiting = list(range(len(PROMPTS)))
     while waiting or engine.has_work:
         if (waiting and engine.stats.num_steps % 3 == 0) or not engine.has_work:
@@ -86,11 +87,13 @@ def test_rows_join_a_running_batch(make_llm, reference_of):
         for output in engine.step():
             assert output.request_id not in got
             got[output.request_id] = output.outputs[0].token_ids
+        counted.append((len(got), engine.snapshot().num_generated_tokens))
     assert [got[str(index)] for index in range(len(PROMPTS))] == want
     stats = engine.snapshot()
     assert (stats.num_finished, stats.num_failed, stats.num_running, stats.num_waiting) == (len(PROMPTS), 0, 0, 0)
     assert stats.num_prompt_tokens == sum(map(len, PROMPTS))
     assert stats.num_generated_tokens == sum(map(len, want))
+    assert any(tokens > 1 for ended, tokens in counted if not ended)  # as they come, not as rows end
 
 
 def test_max_model_len_ends_rows(make_llm, reference_of):

@@ -95,6 +95,19 @@ def test_rates_are_those_of_the_window(monkeypatch):
     assert progress.rates() == pytest.approx((3.0, 30.0, 6.0), rel=0.05)
 
 
+def test_the_time_before_the_first_row_is_in_no_rate(monkeypatch):
+    monkeypatch.setattr(progress_module, "POLL_SECONDS", 0.02)
+    begin = time.monotonic()
+
+    def poll():
+        return {**STATS, "num_finished": 10, "num_running": 5} if time.monotonic() - begin > 0.5 else None
+
+    with Progress(Console(file=io.StringIO()), 100) as progress:
+        progress.phase("loading the model", poll)
+        time.sleep(1.0)
+    assert progress._history[0][0] - begin > 0.5
+
+
 def test_clock():
     assert [clock(s) for s in (0, 59.4, 60, 3599, 7620)] == ["0s", "59s", "1m00s", "59m59s", "2h07m"]
 
