@@ -67,6 +67,7 @@ def bench(
         peak, bandwidth = report["ceilings"]["flops"] / 1e12, report["ceilings"]["bandwidth"] / 1e12
         source = report["ceilings"]["source"]
         console.print(Text(f"bounds from {peak:.4g} TFLOP/s and {bandwidth:.3g} TB/s, {source}"), soft_wrap=True)
+        console.print(Text("A: all that can overlap does; B: kernels one after another; C: as good kernels do it"))
     json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     try:
         timing.plot(report, plot)

@@ -268,7 +268,10 @@ def plot(report: Line, path: Path) -> None:
     from matplotlib import pyplot
 
     works, engines = report["workloads"], report["engines"]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(5 + 2.2 * len(works), 4.2), layout="constrained")
+    num = 2 if any(one.get("shares") for one in works) else 1
+    size = num * (2.5 + 1.1 * len(works)), 4.2
+    figure, axes_of = pyplot.subplots(1, num, figsize=size, layout="constrained", squeeze=False)
+    left, right = axes_of[0][0], axes_of[0][-1]
     width = 0.8 / len(engines)
     for at, one in enumerate(works):
         speeds = {name: one["engines"][name]["output_tok_s"] for name in engines if name in one["engines"]}
@@ -288,8 +291,9 @@ def plot(report: Line, path: Path) -> None:
             right.bar(at, share, 0.6, bottom=base, color=f"C{number + 4}", label=part if at == 0 else None)
             base += share
     left.set_ylabel("output tokens/s, bound C = 1" if any(one.get("bounds") for one in works) else "relative")
-    right.set_ylabel("share of rayinfer's time")
-    for axes in (left, right):
+    if right is not left:
+        right.set_ylabel("share of rayinfer's time")
+    for axes in axes_of[0]:
         axes.set_xticks(range(len(works)), [one["name"] for one in works])
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:
