@@ -41,8 +41,7 @@ def act_mul(x_T2I: torch.Tensor, kind: str) -> torch.Tensor:
     assert x_T2I.stride(1) == 1
     assert x_T2I.shape[1] % 2 == 0
     num_tokens, num_channels = x_T2I.shape[0], x_T2I.shape[1] // 2
+    grid = (num_tokens, triton.cdiv(num_channels, _BLOCK))
     if num_tokens:
-        _act_mul_kernel[(num_tokens, triton.cdiv(num_channels, _BLOCK))](
-            x_T2I, x_T2I.stride(0), num_channels, KIND=kind, BLOCK=_BLOCK, num_warps=4
-        )
+        _act_mul_kernel[grid](x_T2I, x_T2I.stride(0), num_channels, KIND=kind, BLOCK=_BLOCK, num_warps=4)
     return x_T2I[:, :num_channels]

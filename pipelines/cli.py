@@ -119,8 +119,8 @@ def _execute(load: Callable[[], Any], strict: bool, json_file: Path | None, opti
     if not result.complete:
         if "--overwrite" not in result.reason:  # else the same command comes no further
             errors.print(Text(f"{result.num_rows_out:,} of {result.num_rows_in:,} rows are kept; to go on, type:"))
-            again = [word for word in sys.argv[1:] if word != "--overwrite"]
-            errors.print(Text(f"  rayinfer {shlex.join(again)}"), soft_wrap=True)
+            again = shlex.join(word for word in sys.argv[1:] if word != "--overwrite")
+            errors.print(Text(f"  rayinfer {again}"), soft_wrap=True)
         raise typer.Exit(INTERRUPTED if result.status == "interrupted" else INCOMPLETE)
     if strict and result.num_failed:
         raise typer.Exit(FAILED_ROWS)
@@ -150,12 +150,22 @@ def doctor() -> None:
 
 
 class Stopper:
-    """Ctrl-C and SIGTERM: the first stops the run, what comes while it stops is ignored, the third ends the process."""
+    """Ctrl-C and SIGTERM: the first stops the run, what comes while it stops is ignored, the third ends the process.
+
+    Python drops what is raised in a destructor or a weak reference's callback: a stop that was, comes again.
+    """
 
     def __init__(self) -> None:
         self.count = 0
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        sys.unraisablehook = self._again
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
             signal.signal(signum, self)
+
+    def _again(self, dropped: Any) -> None:
+        if not isinstance(dropped.exc_value, KeyboardInterrupt):
+            return sys.__unraisablehook__(dropped)
+        self.count = 0
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
 
     def __call__(self, signum: int, frame: Any) -> None:
         self.count += 1

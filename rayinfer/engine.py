@@ -180,10 +180,9 @@ class Engine:
             raise error
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        scheduler = self.scheduler
         logger.warning(
             "out of memory: at most %d tokens a step and %d rows from here on (%s)",
-            scheduler.max_num_batched_tokens, scheduler.num_slots, error,
+            self.scheduler.max_num_batched_tokens, self.scheduler.num_slots, error,
         )  # fmt: skip
         return finished
 

@@ -100,8 +100,7 @@ class LLM:
                     self.engine.abort_all()
                     raise RowError(error.type, f"prompt {index}: {error}") from None
                 outputs[index] = failed_output(encoded if isinstance(encoded, EncodedRow) else None, error, request_id)
-                if isinstance(rows[index].get("prompt"), str):
-                    outputs[index].prompt = rows[index]["prompt"]
+                outputs[index].prompt = outputs[index].prompt or rows[index].get("prompt")
         with tqdm(total=len(rows), initial=len(outputs), disable=not use_tqdm, unit="row") as bar:
             try:
                 while self.engine.has_work:

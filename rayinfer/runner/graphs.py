@@ -45,8 +45,7 @@ class DecodeGraphs:
 
     def __init__(self, runner: Runner, max_num_seqs: int):
         self._runner = runner
-        sizes = [*SIZES, *range(SIZES[-1] + 56, max_num_seqs, 64)]
-        self._sizes = sorted({min(size, max_num_seqs) for size in sizes} | {max_num_seqs})
+        self._sizes = sorted({min(n, max_num_seqs) for n in (*SIZES, *range(1080, max_num_seqs, 64), max_num_seqs)})
         self._captured: dict[tuple[int, _Kind], _Captured] = {}
         self._warm: set[tuple[_Kind, int]] = set()
         # Constants that every graph reads, so they live as long as the graphs.

@@ -35,10 +35,9 @@ def warm_up(config: EngineConfig, info: ModelInfo) -> None:
             backend.check(spec, info.dtype, config.block_size)
         cache = decode.allocate(spec, 2, config.block_size, info.dtype, device)
         one = _meta(device, 2, num_decodes=0)
-        calls += [partial(_attend, prefill.prefill, spec, cache, one)]
         wide_RP = one.block_table_RP.repeat(1, -(-LONG_CHUNK // config.block_size))
         long = replace(one, max_query_len=LONG_CHUNK, block_table_RP=wide_RP)
-        calls += [partial(_attend, prefill.prefill, spec, cache, long)]
+        calls += [partial(_attend, prefill.prefill, spec, cache, meta) for meta in (one, long)]
         start_G1 = torch.zeros(MAX_NUM_GROUPS + 1, dtype=torch.int32, device=device)
         for num in {2, min(MANY_ROWS, config.max_num_seqs or MANY_ROWS)}:
             rows = _meta(device, num, num_decodes=num)

@@ -105,6 +105,26 @@ def test_the_folder_of_the_summary_is_made_before_the_run(job_file, tmp_path, mo
             assert "file exists" in said or "is a directory" in said
 
 
+def test_a_stop_that_comes_where_python_drops_it_comes_again():
+    """In the callback of a weak reference, as sets of threads and of Ray's have them."""
+    script = """
+import os, signal, time, weakref
+from rayinfer.pipelines.cli import Stopper
+class Thing: pass
+Stopper()
+thing = Thing()
+reference = weakref.ref(thing, lambda _: os.kill(os.getpid(), signal.SIGINT))
+try:
+    del thing
+    for _ in range(500):
+        time.sleep(0.01)
+except KeyboardInterrupt:
+    print("stopped")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
+    assert (done.stdout, done.stderr) == ("stopped\n", "")
+
+
 def test_a_job_that_cannot_go_on_is_not_told_to(job_file, monkeypatch):
     monkeypatch.setattr(command_line, "Stopper", lambda: None)
     for reason, told in (("a node died", True), ("a part is gone; start afresh with --overwrite", False)):
