@@ -334,7 +334,7 @@ def _digest_ids(census: Census, column: str) -> KeyDigest:
                     bad = table.filter(pc.is_null(table[KEY]))
                     row = unit.first_row + bad[NUMBER][0].as_py() - unit.first_number
                     where, reason = f"row {row} (from 0) of {unit.name!r}", bad[SOURCE_ERROR][0].as_py() or "null id"
-                    raise ConfigError(f"source.id_column = {column!r}: {where} has no id: {reason}; or leave it out")
+                    raise ConfigError(f"source.id_column = {column!r} (leave it out?): {where} has no id: {reason}")
                 yield table[KEY].to_pylist()
 
     digest = KeyDigest()

@@ -17,12 +17,12 @@ LAUNCH = 3.5e11  # multiplications of a device while its host launches a layer: 
 class Pace:
     """Says of a scheduler's waiting rows whether they may come into its next step, blocks and slots aside.
 
-    `least` tokens a step, below which an even pace is left alone: steps with prompts are launched kernel by kernel, and
-    a smaller one ends before the next is launched.
+    `min_pace`: tokens of a step, below which an even pace is left alone: steps with prompts are launched kernel by
+    kernel, and a smaller one ends before the next is launched.
     """
 
-    def __init__(self, pool: BlockPool, running: Sequence[Request], waiting: Sequence[Request], least: int):
-        self._pool, self._running, self._waiting, self._least = pool, running, waiting, least
+    def __init__(self, pool: BlockPool, running: Sequence[Request], waiting: Sequence[Request], min_pace: int):
+        self._pool, self._running, self._waiting, self._min_pace = pool, running, waiting, min_pace
         self._tokens, self._steps_left = 0.0, 0  # of a step, for all rows to end together; until it is reckoned anew
         self._room, self._credit = float("inf"), 0.0  # prompt tokens that may come in, and that are carried over
         self._longest = 0  # tokens that the running rows may yield at most
@@ -53,7 +53,7 @@ class Pace:
             rows = [*self._running, *self._waiting]
             work = sum(row.max_total_tokens - row.num_scheduled for row in rows)
             self._tokens = work / max([1, *map(num_left, rows)])
-        if self._tokens < self._least or not self._running:
+        if self._tokens < self._min_pace or not self._running:
             self._room, self._credit = float("inf"), 0.0
         else:
             self._room = self._credit = min(self._credit + self._tokens - num_scheduled, max_num_batched_tokens)

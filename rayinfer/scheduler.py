@@ -45,7 +45,7 @@ class Scheduler:
         max_num_seqs: rows that hold a slot at once.
         max_num_batched_tokens: tokens of one step, decodes and prompt chunks together.
         max_draft_step: tokens of a step that are about as fast as one; up to there, rows get drafts (speculation.py).
-        min_pace: of `Pace`.
+        min_pace: tokens of a step below which rows that are all known come in as fast as they fit, see `Pace`.
     """
 
     def __init__(
