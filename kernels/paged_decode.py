@@ -16,6 +16,9 @@ from rayinfer.kernels.paged_tiles import FLOOR, attend_tiles, check_inputs, merg
 
 # With fewer tiles each, a program's start and the merge cost more than the tiles.
 _MIN_TILES = 2
+# An item, a row's tiles for one KV head, costs as much as so many tiles more: a program waits for its first pages, keys
+# and values. Cut by tiles alone, the programs with many short items end last.
+_ITEM_TILES = 2
 # To find its share, a program looks at all rows; two kernels, for few and many, are enough for all but huge batches.
 _FEW_ROWS, _MANY_ROWS = 128, 1024
 
@@ -30,9 +33,9 @@ def _first_tile(seq_len, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _num_tiles(seq_len, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
-    """KV tiles of a row; one for an empty row too, so that its zeros are written."""
-    return tl.maximum(tl.cdiv(seq_len, BLOCK_N) - _first_tile(seq_len, WINDOW, BLOCK_N), 1)
+def _num_tiles(seq_len, ITEM: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
+    """KV tiles of a row; one for an empty row too, so that its zeros are written; and ITEM for its start."""
+    return tl.maximum(tl.cdiv(seq_len, BLOCK_N) - _first_tile(seq_len, WINDOW, BLOCK_N), 1) + ITEM
 
 
 # These vary from step to step: a value that is 1 or a multiple of 16, or another alignment, would compile anew.
@@ -44,16 +47,19 @@ def _decode_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, part_ptr, lse_ptr, task_ptr, table_ptr, seq_lens_ptr, shared_len_ptr, prefix_ptr,
     prefix_lse_ptr, num_rows, q_strides, out_strides, table_stride, k_strides, v_strides, scale, softcap,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, MIN_TILES: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, MIN_TILES: tl.constexpr, ITEM: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Tiles are numbered over (row, KV head, tile of the row); program i takes numbers [i * share, (i + 1) * share)."""
+    """Tiles are numbered over (row, KV head, tile of the row); program i takes numbers [i * share, (i + 1) * share).
+
+    The first ITEM tiles of an item are none: they stand for its start.
+    """
     pid = tl.program_id(0)
     row_B = tl.arange(0, BLOCK_B)
     len_B = tl.load(seq_lens_ptr + row_B, mask=row_B < num_rows, other=0)
     if shared_len_ptr is not None:
         len_B -= tl.load(shared_len_ptr + row_B, mask=row_B < num_rows, other=0)
-    tiles_B = tl.where(row_B < num_rows, _num_tiles(len_B, WINDOW, BLOCK_N), 0) * NUM_KV_HEADS
+    tiles_B = tl.where(row_B < num_rows, _num_tiles(len_B, ITEM, WINDOW, BLOCK_N), 0) * NUM_KV_HEADS
     end_B = tl.cumsum(tiles_B, 0)
     total = tl.sum(tiles_B, 0)
     share = tl.maximum(tl.cdiv(total, tl.num_programs(0)), MIN_TILES)
@@ -74,12 +80,12 @@ def _decode_kernel(
             shared_len = tl.load(shared_len_ptr + row)
             seq_len -= shared_len
             first_block = shared_len // PAGE
-        tiles = _num_tiles(seq_len, WINDOW, BLOCK_N)
+        tiles = _num_tiles(seq_len, ITEM, WINDOW, BLOCK_N)
         kv_head = (at - row_start) // tiles
         item_start = row_start + kv_head * tiles
         begin = at - item_start
         end = tl.minimum(stop - item_start, tiles)
-        low = _first_tile(seq_len, WINDOW, BLOCK_N)
+        low = _first_tile(seq_len, WINDOW, BLOCK_N) - ITEM
 
         q_MD = q_ptr + row.to(tl.int64) * q_strides[0] + (kv_head * GROUP + m_M)[:, None] * q_strides[1] + d_D[None, :]
         acc_MD, max_M, sum_M = attend_tiles(
@@ -87,8 +93,8 @@ def _decode_kernel(
             tl.zeros([BLOCK_M, BLOCK_D], tl.float32), tl.full([BLOCK_M], FLOOR, tl.float32),
             tl.zeros([BLOCK_M], tl.float32), k_ptr + kv_head.to(tl.int64) * k_strides[2],
             v_ptr + kv_head.to(tl.int64) * v_strides[2], table_ptr + row.to(tl.int64) * table_stride + first_block,
-            k_strides, v_strides, seq_len, low + begin, low + end, scale, softcap, HEAD_DIM, PAGE, WINDOW, SOFTCAP,
-            True, BLOCK_N,
+            k_strides, v_strides, seq_len, low + tl.maximum(begin, ITEM), low + tl.maximum(end, ITEM), scale, softcap,
+            HEAD_DIM, PAGE, WINDOW, SOFTCAP, True, BLOCK_N,
         )  # fmt: skip
         if shared_len_ptr is not None:
             # The prefix joins last, when the tiles' registers are free, in the program that began the item.
@@ -178,7 +184,7 @@ def paged_decode(
         *tensors, *prefix, num_rows, *strides, k_NSKD.stride()[:3], v_NSKD.stride()[:3], scale, softcap or 0.0,
         BLOCK_B=_FEW_ROWS if num_rows <= _FEW_ROWS else max(_MANY_ROWS, triton.next_power_of_2(num_rows)),
         BLOCK_M=block_m, BLOCK_N=block_n, PAGE=k_NSKD.shape[1], WINDOW=sliding_window or 0, SOFTCAP=bool(softcap),
-        MIN_TILES=_MIN_TILES, **shape, num_warps=num_warps, num_stages=num_stages,
+        MIN_TILES=_MIN_TILES, ITEM=_ITEM_TILES, **shape, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     outputs = (out_BHD, None, out_BHD.stride()[:2])
     merge_kernel[(num_programs, group)](part, lse, task, *outputs, **shape, BLOCK_P=16, num_warps=2)

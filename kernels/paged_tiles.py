@@ -102,7 +102,8 @@ def merge_kernel(
         head = (item % NUM_KV_HEADS) * GROUP + g
         out_D = out_ptr + row * out_strides[0] + head * out_strides[1] + d_D
         if out_lse_ptr is None:
-            tl.store(out_D, (acc_D / total).to(out_ptr.dtype.element_ty), mask=d_D < HEAD_DIM)
+            acc_D = acc_D / tl.where(total == 0, 1.0, total)  # an empty row's zeros
+            tl.store(out_D, acc_D.to(out_ptr.dtype.element_ty), mask=d_D < HEAD_DIM)
         elif total > 0:
             tl.store(out_D, acc_D / total, mask=d_D < HEAD_DIM)
             tl.store(out_lse_ptr + item + g, high + tl.log2(total))
