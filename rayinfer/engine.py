@@ -28,6 +28,7 @@ from rayinfer.models.model import ModelInfo
 from rayinfer.pace import LAUNCH
 from rayinfer.request import CompletionOutput, EncodedRow, EngineStats, Logprob, Request, RequestOutput
 from rayinfer.runner import Runner, StepHandle
+from rayinfer.runner.graphs import MAX_READS
 from rayinfer.runner.memory import is_out_of_memory, num_kv_blocks
 from rayinfer.runner.runner import TopLogprobs
 from rayinfer.scheduler import Scheduler, Step
@@ -38,6 +39,9 @@ logger = logging.getLogger(__name__)
 DEFAULT_MAX_NUM_SEQS = {"cuda": 1024, "cpu": 64}
 # No multiple of 64, for which cuBLAS takes tiles that are 1 to 2 % slower (benchmarks/NOTES.md).
 DEFAULT_MAX_NUM_BATCHED_TOKENS = {"cuda": 16376, "cpu": 1024}
+# The tokens that go by while a step with prompts is launched are few, and prompts dear, for models of some billions of
+# parameters: their prompts come in small steps if those do. To a small model, such steps cost more than they spare.
+MAX_LAG = 2048
 MAX_DRAFT_STEP = {"cuda": 256, "cpu": 64}  # tokens of a step with drafts: the model's weights take as long for one
 
 
@@ -80,7 +84,10 @@ class Engine:
         self.runner.capture_graphs()
         self.pool = BlockPool(num_blocks, config.block_size, config.enable_prefix_caching)
         lag = int(LAUNCH * self.info.num_layers / sum(weight.numel() for weight in self.model.module.parameters()))
-        self.scheduler = Scheduler(self.pool, self.max_num_seqs, self.max_num_batched_tokens, MAX_DRAFT_STEP[kind], lag)
+        self.scheduler = Scheduler(
+            self.pool, self.max_num_seqs, self.max_num_batched_tokens, MAX_DRAFT_STEP[kind],
+            self.runner.graphs.mixed_sizes() if self.runner.graphs and lag <= MAX_LAG else (), MAX_READS, lag,
+        )  # fmt: skip
         self.stats = EngineStats()
         self.on_admit: Callable[[list[str]], object] | None = None  # told the ids of rows before they run
         self._requests: dict[str, Request] = {}

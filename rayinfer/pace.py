@@ -1,7 +1,13 @@
-"""When rows come in that are all known, the longest first: all are to end together, and the KV cache to hold them."""
+"""When rows come in that are all known, the longest first: all are to end together, and the KV cache to hold them.
+
+Let in as fast as they fit, rows would first be only prompts, then only decodes, of which few are left at the end. Where
+there is little to do for as long as the longest row lasts, steps wait for the model's weights, which take as long for
+some hundred tokens: prompts in small steps beside the decodes cost little then.
+"""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import takewhile
 
@@ -10,6 +16,7 @@ import numpy as np
 from rayinfer.kv_cache import BlockPool
 from rayinfer.request import Request
 
+MIN_UNSURE = 256  # tokens of such a step if rows may end early: their prompts are not to come too late
 PACE_STEPS = 16  # steps until the pace is worked out again, and one more for each 1,000 rows to look at
 LAUNCH = 3.5e11  # multiplications of a device while its host launches a layer: 1 ms, at 700 TFLOP/s
 
@@ -17,13 +24,21 @@ LAUNCH = 3.5e11  # multiplications of a device while its host launches a layer: 
 class Pace:
     """Says of a scheduler's waiting rows whether they may come into its next step, blocks and slots aside.
 
-    `min_pace`: tokens of a step, below which an even pace is left alone: steps with prompts are launched kernel by
-    kernel, and a smaller one ends before the next is launched.
+    Args:
+        mixed_sizes: tokens of steps with prompts that are replayed as CUDA graphs, ascending, if their tokens read no
+            more than `max_reads` KV tokens. Such steps are wanted when all rows could end together with them.
+        min_pace: tokens of a step, below which an even pace of others is left alone: they are launched kernel by
+            kernel, and a smaller one ends before the next is launched.
     """
 
-    def __init__(self, pool: BlockPool, running: Sequence[Request], waiting: Sequence[Request], min_pace: int):
+    def __init__(
+        self, pool: BlockPool, running: Sequence[Request], waiting: Sequence[Request], mixed_sizes: Sequence[int],
+        max_reads: int, min_pace: int,
+    ):  # fmt: skip
         self._pool, self._running, self._waiting, self._min_pace = pool, running, waiting, min_pace
+        self._mixed_sizes, self._max_reads = mixed_sizes, max_reads
         self._tokens, self._steps_left = 0.0, 0  # of a step, for all rows to end together; until it is reckoned anew
+        self._mixed = 0  # tokens of a small step with prompts; 0: prompts come in larger ones
         self._room, self._credit = float("inf"), 0.0  # prompt tokens that may come in, and that are carried over
         self._longest = 0  # tokens that the running rows may yield at most
         self._for_kv: float | None = None  # prompt tokens of a step, see `_reckon_for_kv`; 0: no row is held back
@@ -33,30 +48,31 @@ class Pace:
         """Reckon anew: a row was added."""
         self._steps_left, self._for_kv = 0, None
 
-    def begin_step(self, num_scheduled: int, max_num_batched_tokens: int) -> None:
-        """Make room for prompt tokens in a step that has `num_scheduled` tokens.
+    def begin_step(self, max_num_batched_tokens: int) -> int:
+        """Make room for prompt tokens in the next step; returns the tokens that it may have.
 
-        Let in as fast as they fit, rows would first be only prompts, then only decodes, of which few are left at the
-        end. So prompts come as they must for all rows to end together with the longest, if none else come. Rows that
-        could end after the longest running one come in without room, unless the KV cache sets the pace.
+        Prompts come as they must for all rows to end together with the longest, if none else come. Rows that could end
+        after the longest running one come in without room, unless the KV cache sets the pace.
         """
         if self._for_kv is None and self._waiting:
             self._for_kv = self._reckon_for_kv()
         if self._for_kv and self._running:
             self._room = self._credit = min(self._credit + self._for_kv, max_num_batched_tokens)
-            return
+            return max_num_batched_tokens
         self._steps_left -= 1
         self._longest -= 1
         if self._steps_left <= 0:
             self._steps_left = PACE_STEPS + len(self._waiting) // 1000
             self._longest = max(map(num_left, self._running), default=0)
-            rows = [*self._running, *self._waiting]
-            work = sum(row.max_total_tokens - row.num_scheduled for row in rows)
-            self._tokens = work / max([1, *map(num_left, rows)])
-        if self._tokens < self._min_pace or not self._running:
+            self._reckon()
+        if self._mixed or self._tokens < self._min_pace or not self._running:
             self._room, self._credit = float("inf"), 0.0
         else:
-            self._room = self._credit = min(self._credit + self._tokens - num_scheduled, max_num_batched_tokens)
+            more = self._tokens - len(self._running)
+            self._room = self._credit = min(self._credit + more, max_num_batched_tokens)
+        if not self._mixed:
+            return max_num_batched_tokens
+        return min(max_num_batched_tokens, max(self._mixed, len(self._running)))
 
     def admits(self, request: Request) -> bool:
         """Whether the row may come in."""
@@ -65,10 +81,26 @@ class Pace:
         return not (self._for_kv and self._running) or self._lasts_with(request)
 
     def took(self, request: Request, num_new: int) -> None:
-        """Take note of a row that came in, with so many prompt tokens."""
+        """Take note of a row that came in, with so many tokens to compute before it yields one."""
         self._room -= num_new
         self._credit -= num_new
         self._longest = max(self._longest, num_left(request))
+
+    def _reckon(self) -> None:
+        """Tokens of each step with which all rows end together, and whether steps are to be small ones."""
+        rows = [*self._running, *self._waiting]
+        work = sum(row.max_total_tokens - row.num_scheduled for row in rows)
+        longest = max([1, *map(num_left, rows)])
+        self._tokens = work / longest
+        # The row that comes last has to begin in time to end with the others.
+        least = work / max(1, longest - (num_left(rows[-1]) if self._waiting else 0))
+        if not all(row.params.ignore_eos for row in rows):
+            least = max(least, MIN_UNSURE)
+        lens = [row.num_tokens for row in rows[len(self._running) :]] or [1]
+        reads = least * sum(num * num for num in lens) / sum(lens)
+        fitting = self._mixed_sizes[bisect_left(self._mixed_sizes, least) :]
+        replayed = reads <= self._max_reads and all(row.params.prompt_logprobs is None for row in rows)
+        self._mixed = fitting[0] if fitting and replayed else 0
 
     def _reckon_for_kv(self) -> float:
         """Prompt tokens that may come in a step for the KV cache to hold rows to their ends; 0 if it will hold all.

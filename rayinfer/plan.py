@@ -54,19 +54,24 @@ class StepPlan:
         """Whether more is done with the sampling rows' logits than to sample from them."""
         return self.num_logprobs >= 0 or len(self.banned) > 0
 
+    def as_decodes(self) -> StepPlan:
+        """The same step with each token as a decode row of its own, at its position of the same slot."""
+        of_T = np.repeat(np.arange(len(self.slots)), self.num_new)
+        end_R = self.num_new.cumsum(dtype=np.int32)
+        first_T = (end_R - self.num_new)[of_T]
+        shared_R = np.pad(self.shared_lens, (0, len(self.slots) - self.num_decodes))
+        return replace(
+            self, slots=self.slots[of_T], starts=self.starts[of_T] + np.arange(len(of_T), dtype=np.int32) - first_T,
+            num_new=np.ones_like(first_T), num_decodes=len(of_T), samples=end_R[self.samples] - 1,
+            shared_lens=shared_R[of_T], group_starts=np.append(np.int32(0), end_R)[self.group_starts],
+        )  # fmt: skip
+
     def with_drafts(self, drafts: list[list[int]]) -> tuple[StepPlan, list[int]]:
         """A plan of decodes with each row's drafts behind it; and the row that each row of it was before."""
-        num_R = np.array([1 + len(draft) for draft in drafts])
-        end_R = num_R.cumsum()
-        first_R = end_R - num_R
-        of_R = np.repeat(np.arange(len(drafts)), num_R)
-        count_R = np.arange(len(of_R), dtype=np.int32)
+        num_R = np.array([1 + len(draft) for draft in drafts], np.int32)
         ids = [i for token, draft in zip(self.token_ids.tolist(), drafts, strict=True) for i in (token, *draft)]
-        plan = replace(
-            self, slots=self.slots[of_R], starts=self.starts[of_R] + count_R - first_R[of_R].astype(np.int32),
-            num_new=np.ones_like(count_R), num_decodes=len(of_R), token_ids=np.array(ids, np.int32), samples=count_R,
-            banned=np.stack([first_R[self.banned[:, 0]].astype(np.int32), self.banned[:, 1]], 1),
-            shared_lens=self.shared_lens[of_R],
-            group_starts=np.append(0, end_R)[self.group_starts].astype(np.int32),
-        )  # fmt: skip
-        return plan, of_R.tolist()
+        plan = replace(self, num_new=num_R, token_ids=np.array(ids, np.int32)).as_decodes()
+        first_R = num_R.cumsum(dtype=np.int32) - num_R
+        banned = np.stack([first_R[self.banned[:, 0]], self.banned[:, 1]], 1)
+        samples = np.arange(len(ids), dtype=np.int32)
+        return replace(plan, samples=samples, banned=banned), np.repeat(np.arange(len(drafts)), num_R).tolist()

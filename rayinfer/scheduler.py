@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from bisect import bisect_right
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,12 +46,12 @@ class Scheduler:
         max_num_seqs: rows that hold a slot at once.
         max_num_batched_tokens: tokens of one step, decodes and prompt chunks together.
         max_draft_step: tokens of a step that are about as fast as one; up to there, rows get drafts (speculation.py).
-        min_pace: tokens of a step below which rows that are all known come in as fast as they fit, see `Pace`.
+        mixed_sizes, max_reads, min_pace: for rows that are all known, see `Pace`.
     """
 
     def __init__(
         self, pool: BlockPool, max_num_seqs: int, max_num_batched_tokens: int, max_draft_step: int = 0,
-        min_pace: int = 2048,
+        mixed_sizes: Sequence[int] = (), max_reads: int = 0, min_pace: int = 2048,
     ):  # fmt: skip
         self.pool = pool
         self.max_num_batched_tokens, self.max_draft_step = max_num_batched_tokens, max_draft_step
@@ -58,7 +59,7 @@ class Scheduler:
         self.running: list[Request] = []
         self.num_preemptions = self._num_steps = 0
         self.all_known = False  # the rows that wait are all that there are, the longest first
-        self._pace = Pace(pool, self.running, self.waiting, min_pace)
+        self._pace = Pace(pool, self.running, self.waiting, mixed_sizes, max_reads, min_pace)
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._new_blocks: list[tuple[int, int, int]] = []
         self.admitted: list[Request] = []  # rows that got a slot in the newest step
@@ -106,6 +107,8 @@ class Scheduler:
         self._num_steps += 1
         self._new_blocks, self.admitted = [], []
         budget, num_preemptions = self.max_num_batched_tokens, self.num_preemptions
+        if self.all_known:
+            budget = self._pace.begin_step(budget)
         self._targets_left = PROMPT_LOGPROB_CHUNK
         decodes: list[Request] = []
         chunks: list[tuple[Request, int]] = []
@@ -202,8 +205,6 @@ class Scheduler:
 
     def _admit(self, budget: int, decodes: list[Request], chunks: list[tuple[Request, int]]) -> None:
         """Let waiting rows in while slots, blocks and budget last."""
-        if self.all_known:
-            self._pace.begin_step(self.max_num_batched_tokens - budget, self.max_num_batched_tokens)
         if self._full and self._few_free():
             return
         self._full = False
@@ -241,7 +242,7 @@ class Scheduler:
             grown = self._grow(request, num_new)
             assert grown
             budget -= num_new
-            self._pace.took(request, num_new)
+            self._pace.took(request, request.num_tokens - num_known)
             # Registered at once, so that the next row of this very step can share the blocks.
             self.pool.register(request, num_known + num_new)
             (decodes.append(request) if num_new == 1 else chunks.append((request, num_new)))

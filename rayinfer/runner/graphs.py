@@ -1,4 +1,4 @@
-"""CUDA graphs of whole decode steps, from block table to sampled token.
+"""CUDA graphs of whole steps, from block table to sampled token: decodes, and small steps with prompts.
 
 A graph is fixed in shape only: it reads the rows' slots, lengths and prefix groups from a static buffer and everything
 else from the runner's persistent state, so one graph serves every mix of rows. Batches are padded to the next size.
@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 SIZES = (1, 2, 4, *range(8, 65, 8), 88, 104, 128, 136, 152, 184, 200, 216, 248, 256, 280, 312, 344, 384, 408, 432, 488)
 SIZES += (512, 568, 632, 696, 760, 824, 888, 952, 1024)
 
+# Of steps with prompts that are replayed, each prompt token as a decode row: launched kernel by kernel, they take the
+# host 14 to 23 ms. And the KV tokens that prompt tokens may read for that, which a kernel for prompts reads once.
+MIN_MIXED, MAX_MIXED = 128, 512
+MAX_READS = 2**19
+
 
 class _Kind(NamedTuple):
     """Whether a graph ends with logits instead of tokens, and whether it has prefix groups."""
@@ -36,7 +41,7 @@ class _Kind(NamedTuple):
 @dataclass(slots=True)
 class _Captured:
     graph: torch.cuda.CUDAGraph
-    packed: torch.Tensor  # int32: slots, starts, token ids, shared lengths of B rows; group starts and lengths
+    packed: torch.Tensor  # int32: slots, starts, token ids, slots of the tokens, shared lengths of B rows; then groups
     out: torch.Tensor  # token ids [B], or logits [B, V]
 
 
@@ -55,18 +60,29 @@ class DecodeGraphs:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()
 
+    def takes(self, plan: StepPlan) -> bool:
+        """Whether the step is to be replayed, as decodes."""
+        reads = (plan.num_new * (plan.starts + plan.num_new))[plan.num_decodes :].sum()
+        is_small = len(plan.token_ids) <= min(MAX_MIXED, self._sizes[-1]) and reads <= MAX_READS
+        return not len(plan.prompt_targets) and (is_small or plan.num_decodes == len(plan.slots))
+
+    def mixed_sizes(self) -> list[int]:
+        """Tokens of steps with prompts that are replayed without padding, where more than one take longer."""
+        return [size for size in self._sizes if MIN_MIXED <= size <= MAX_MIXED]
+
     def run(self, plan: StepPlan) -> torch.Tensor:
-        """Replay the step; returns token ids [R], or logits [R, V] if `plan.needs_logits`."""
+        """Replay a step of decodes; returns token ids [R], or logits [R, V] if `plan.needs_logits`."""
         num_rows = len(plan.slots)
         size, kind = self._sizes[bisect_left(self._sizes, num_rows)], _Kind(plan.needs_logits, len(plan.group_lens) > 0)
         entry = self._captured.get((size, kind)) or self._capture(size, kind)
         host = np.zeros(entry.packed.shape, np.int32)
-        rows = host[: 4 * size].reshape(4, size)
-        rows[:, num_rows:] = [[self._runner.padding_slot], [-1], [0], [0]]
-        rows[:3, :num_rows] = plan.slots, plan.starts, plan.token_ids
+        rows, padding = host[: 5 * size].reshape(5, size), self._runner.padding_slot
+        rows[:, num_rows:] = [[padding], [-1], [0], [padding], [0]]
+        is_last = np.append(plan.slots[1:] != plan.slots[:-1], True)  # of its slot's rows: yields its next input
+        rows[:4, :num_rows] = plan.slots, plan.starts, plan.token_ids, np.where(is_last, plan.slots, padding)
         if kind.groups:
-            rows[3, :num_rows] = plan.shared_lens
-            host[4 * size :] = np.concatenate(self._runner.padded_groups(plan))
+            rows[4, :num_rows] = plan.shared_lens
+            host[5 * size :] = np.concatenate(self._runner.padded_groups(plan))
         entry.packed.copy_(torch.from_numpy(host).pin_memory(), non_blocking=True)
         entry.graph.replay()
         return entry.out[:num_rows]
@@ -84,11 +100,12 @@ class DecodeGraphs:
 
         runner = self._runner
         num_groups = MAX_NUM_GROUPS if kind.groups else 0
-        packed = torch.zeros(4 * size + 2 * num_groups + kind.groups, dtype=torch.int32, device=runner.device)
-        slots, starts, ids, shared = packed[: 4 * size].view(4, size)
+        packed = torch.zeros(5 * size + 2 * num_groups + kind.groups, dtype=torch.int32, device=runner.device)
+        slots, starts, ids, into, shared = packed[: 5 * size].view(5, size)
         slots.fill_(runner.padding_slot)
+        into.fill_(runner.padding_slot)
         starts.fill_(-1)  # padding rows only: a warm-up writes no KV
-        starts_G1, lens_G = packed[4 * size :].tensor_split([num_groups + kind.groups])
+        starts_G1, lens_G = packed[5 * size :].tensor_split([num_groups + kind.groups])
 
         def step() -> torch.Tensor:
             inputs = Inputs(slots, starts, self._ones[:size], self._count[: size + 1], ids, self._count[:size])
@@ -100,7 +117,7 @@ class DecodeGraphs:
                 if self._logits is None:
                     self._logits = logits_BV.new_empty(len(self._ones), logits_BV.shape[1])
                 return self._logits[:size].copy_(logits_BV)
-            return runner.sample(logits_BV, slots.long(), meta.seq_lens_R.long())
+            return runner.sample(logits_BV, slots.long(), meta.seq_lens_R.long(), into.long())
 
         self._stream.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()

@@ -125,12 +125,14 @@ class Runner:
         """Start a step; on a GPU this returns before the step is done."""
         num_rows, num_targets = len(plan.slots), len(plan.prompt_targets)
         self._admit(plan)
-        decode_only = plan.num_decodes == num_rows == len(plan.samples) and not num_targets
-        if self.graphs is not None and decode_only:
+        if self.graphs is not None and self.graphs.takes(plan):
+            plan = plan.as_decodes()
             out = self.graphs.run(plan)
+            if len(plan.samples) < len(out):
+                out = out[self._send(plan.samples)[0].long()]
             if not plan.needs_logits:
                 return StepHandle([out, None, None, None, None])
-            slots, starts = self._send(plan.slots, plan.starts)
+            slots, starts = self._send(plan.slots[plan.samples], plan.starts[plan.samples])
             return self._finish(plan, out, slots.long(), starts.long() + 1)
         query_start = np.zeros(num_rows + 1, np.int32)
         np.cumsum(plan.num_new, out=query_start[1:])
@@ -212,15 +214,17 @@ class Runner:
             self.params_S4[at] = values.T
             self.seed_S[at] = torch.tensor(seeds, dtype=torch.int64, **pin).to(self.device, non_blocking=True)
 
-    def sample(self, logits_LV: Tensor, slots_L: Tensor, position_L: Tensor, greedy: bool = False) -> Tensor:
-        """Token ids int32 [L] by the slots' parameters (`greedy`: all are), which become the slots' next inputs."""
+    def sample(
+        self, logits_LV: Tensor, slots_L: Tensor, position_L: Tensor, into_L: Tensor, greedy: bool = False
+    ) -> Tensor:
+        """Token ids int32 [L] by the slots' parameters (`greedy`: all are), the next inputs of slots `into_L`."""
         if greedy:
             token_L = self.sampler.greedy(logits_LV)
         else:
             temperature, top_k, top_p, min_p = self.params_S4[slots_L].T.contiguous()
             seed = self.seed_S[slots_L]
             token_L = self.sampler.sample(logits_LV, temperature, top_k.int(), top_p, min_p, seed, position_L)
-        self.last_token_S[slots_L] = token_L.long().clamp_(min=0)  # a NaN row's -1 must not index the embedding
+        self.last_token_S[into_L] = token_L.long().clamp_(min=0)  # a NaN row's -1 must not index the embedding
         return token_L
 
     def _finish(self, plan: StepPlan, logits_MV: Tensor, slots_L: Tensor, position_L: Tensor) -> StepHandle:
@@ -231,7 +235,7 @@ class Runner:
         if banned_2B.numel():
             logits_LV = raw_LV.clone() if plan.num_logprobs >= 0 else raw_LV
             logits_LV[banned_2B[0].long(), banned_2B[1].long()] = float("-inf")
-        token_L = self.sample(logits_LV, slots_L, position_L, plan.all_greedy)
+        token_L = self.sample(logits_LV, slots_L, position_L, slots_L, plan.all_greedy)
         tops: list[Tensor | None] = [None] * 4
         if plan.num_logprobs >= 0:
             tops[:2] = self.logprobs(raw_LV, token_L.long().clamp_(min=0), plan.num_logprobs)

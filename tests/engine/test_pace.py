@@ -12,8 +12,9 @@ from rayinfer.scheduler import Scheduler
 
 
 def drive(scheduler):
-    """Run all rows to their ends; returns tokens and decodes of each step."""
+    """Run all rows to their ends, each in as many steps as it has tokens; returns tokens and decodes of each step."""
     tokens, decodes, yielded, wanted = [], [], 0, sum(row.params.max_tokens for row in scheduler.waiting)
+    begun = {}
     while scheduler.running or scheduler.waiting:
         step = scheduler.schedule()
         tokens.append(len(step.plan.token_ids))
@@ -23,20 +24,22 @@ def drive(scheduler):
             request.num_pending -= 1
             request.output_token_ids.append(7)
             yielded += 1
+            first = begun.setdefault(request.request_id, len(tokens))
             if request.num_known_tokens == request.max_total_tokens:
                 scheduler.finish(request)
+                assert scheduler.num_preemptions or len(tokens) - first == request.params.max_tokens - 1
     assert yielded == wanted
     return np.array(tokens), np.array(decodes)
 
 
-def steps_of(lens, all_known, num_prompt=512, num_slots=1024, **limits):
+def steps_of(lens, all_known, num_prompt=512, num_slots=1024, params=None, **limits):
     """Run rows of these numbers of tokens to generate; returns tokens and decodes of each step."""
     scheduler = Scheduler(BlockPool(60_000, 16, True), num_slots, 16384, **limits)
     scheduler.all_known = all_known
     for index, num in enumerate(sorted(lens, reverse=True)):
         prompt = [index * num_prompt + i for i in range(num_prompt)]
-        params = SamplingParams(temperature=0, max_tokens=int(num), ignore_eos=True)
-        scheduler.add(Request(str(index), prompt, params, max_total_tokens=num_prompt + int(num)))
+        wanted = SamplingParams(**{"temperature": 0, "max_tokens": int(num), "ignore_eos": True, **(params or {})})
+        scheduler.add(Request(str(index), prompt, wanted, max_total_tokens=num_prompt + int(num)))
     return drive(scheduler)
 
 
@@ -59,16 +62,63 @@ def test_rows_end_together():
     ],
 )
 def test_nothing_to_spread(lens, num_slots):
-    for fast, paced in zip(
-        steps_of(lens, False, num_slots=num_slots), steps_of(lens, True, num_slots=num_slots), strict=True
-    ):
-        np.testing.assert_array_equal(fast, paced)
+    fast, paced = (steps_of(lens, all_known, num_slots=num_slots) for all_known in (False, True))
+    np.testing.assert_array_equal(fast, paced)
+    if len(set(lens)) == 1:  # each row may be the last
+        small = steps_of(lens, True, num_slots=num_slots, mixed_sizes=SIZES, max_reads=2**19)
+        np.testing.assert_array_equal(fast, small)
 
 
 def test_no_pace_for_small_models():
     """Their steps end before the host has launched the next one: the fewer steps with prompts, the better."""
     lens = np.random.default_rng(0).integers(64, 193, 1000)
     np.testing.assert_array_equal(steps_of(lens, False), steps_of(lens, True, min_pace=16_000))
+
+
+SIZES = [128, 200, 256, 384, 512]
+
+
+@pytest.mark.parametrize(("num_rows", "limit"), [(60, 128), (180, 200), (450, 512)])
+def test_small_steps_where_the_longest_row_is_all_that_counts(num_rows, limit):
+    """They are as small as is enough, and as many; no row that decodes waits."""
+    lens = np.random.default_rng(0).integers(8, 1024, num_rows)
+    fast = steps_of(lens, True)
+    tokens, _ = steps_of(lens, True, mixed_sizes=SIZES, max_reads=2**19)
+    assert tokens.max() == tokens[0] == limit < fast[0].max()
+    assert len(tokens) <= 1.08 * len(fast[0])
+    assert tokens.sum() == fast[0].sum()
+
+
+def test_decodes_go_on_where_they_are_more_than_small_steps_hold():
+    """Short rows came in large steps; what is left then is little, but for the rows that run."""
+    lens = [*range(600, 1000, 4), *[150] * 1200]
+    tokens, decodes = steps_of(lens, True, num_prompt=100, mixed_sizes=SIZES, max_reads=2**19)
+    assert max(decodes) > SIZES[0]
+    assert len(tokens) <= max(lens) + 20
+
+
+@pytest.mark.parametrize(
+    "why",
+    [
+        {"max_reads": 2**14},  # prompts are long: each token reads those before it
+        {"mixed_sizes": [32]},  # too much to do for such small steps
+        {"params": {"prompt_logprobs": 1}},  # which no graph yields
+    ],
+)
+def test_large_steps_all_the_same(why):
+    lens = np.random.default_rng(0).integers(8, 1024, 60)
+    limits = {"mixed_sizes": SIZES, "max_reads": 2**19, **why}
+    params = limits.pop("params", {})
+    np.testing.assert_array_equal(steps_of(lens, True, params=params), steps_of(lens, True, params=params, **limits))
+
+
+def test_rows_of_unknown_length_do_not_wait_long():
+    """They may all end early: the prompts come in steps of 256 at least."""
+    lens, limits = range(100, 1000, 45), {"num_prompt": 100, "mixed_sizes": SIZES, "max_reads": 2**19}
+    sure, unsure = (steps_of(lens, True, params={"ignore_eos": is_sure}, **limits)[0] for is_sure in (True, False))
+    assert sure[0] == 128
+    assert unsure[0] == 256
+    assert unsure[9] == len(lens) < sure[9]  # no prompt is left
 
 
 def run_in(num_blocks, rows, all_known=True, prefix=(), ignore_eos=True):

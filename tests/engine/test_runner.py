@@ -22,6 +22,28 @@ PLAIN = (np.ndarray, int, bool, list)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_prompt_tokens_as_decodes(make_llm, family):
+    """Each token of a chunk as a decode row of its own: what graphs replay gives the tokens that chunks give."""
+    cut = {"max_num_batched_tokens": 20, "max_model_len": 84}
+    params = [SamplingParams(temperature=i % 2, seed=i, max_tokens=12, ignore_eos=True) for i in range(9)]
+    want, llm, num_chunks = make_llm(family, **cut), make_llm(family, **cut), 0
+    launch = llm.engine.runner.launch
+
+    def as_decodes(plan: StepPlan):
+        nonlocal num_chunks
+        num_chunks += len(plan.slots) - plan.num_decodes
+        single = plan.as_decodes()
+        assert (single.num_new == 1).all()
+        assert single.num_decodes == len(plan.token_ids)
+        return launch(single)
+
+    llm.engine.runner.launch = as_decodes
+    rows = as_rows(random_prompts(9))
+    assert ids_of(llm.generate(rows, params, use_tqdm=False)) == ids_of(want.generate(rows, params, use_tqdm=False))
+    assert num_chunks > 9
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_plans_replayed_on_a_second_runner(make_llm, family):
     """The tensor-parallel seam: rank 1 sees pickled plans and nothing else, and stays in step with rank 0."""
     cut = {"block_size": 4, "num_gpu_blocks_override": 22, "max_model_len": 84, "max_num_batched_tokens": 20}

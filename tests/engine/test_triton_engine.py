@@ -56,6 +56,7 @@ WAYS = {
     "eager": {"enforce_eager": True},
     "no cache": {"enable_prefix_caching": False},
     "chunks": {"max_num_batched_tokens": 24},
+    "prompts in graphs": {"max_num_seqs": 256},
 }
 
 
@@ -65,12 +66,15 @@ WAYS = {
     "family", [pytest.param("llama"), *(pytest.param(f, marks=pytest.mark.gpu) for f in ("qwen3", "gemma3"))]
 )
 def test_tokens(folder_of, reference_of, family, way):
-    llm, num_grouped = triton_llm(folder_of(family), **WAYS[way]), 0
-    launch = llm.engine.runner.launch
+    llm, num_grouped, num_mixed = triton_llm(folder_of(family), **WAYS[way]), 0, 0
+    launch, graphs = llm.engine.runner.launch, llm.engine.runner.graphs
+    if way == "prompts in graphs" and graphs is not None:  # which models of this size have no use for
+        llm.engine.scheduler._pace._mixed_sizes = graphs.mixed_sizes()
 
     def counting(plan):
-        nonlocal num_grouped
+        nonlocal num_grouped, num_mixed
         num_grouped += len(plan.group_lens) > 0
+        num_mixed += 0 < plan.num_decodes < len(plan.slots) and graphs is not None and graphs.takes(plan)
         return launch(plan)
 
     llm.engine.runner.launch = counting
@@ -82,6 +86,7 @@ def test_tokens(folder_of, reference_of, family, way):
             prompts()[row], params()[row].max_tokens, eos_token_id=None, pad_token_id=0
         )
     assert (num_grouped > 0) == (way != "no cache")
+    assert (num_mixed > 0) == (way == "prompts in graphs" and GPU) or way == "chunks"
 
 
 @pytest.mark.gpu
