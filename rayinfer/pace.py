@@ -7,7 +7,6 @@ some hundred tokens: prompts in small steps beside the decodes cost little then.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import takewhile
 
@@ -17,6 +16,7 @@ from rayinfer.kv_cache import BlockPool
 from rayinfer.request import Request
 
 MIN_UNSURE = 256  # tokens of such a step if rows may end early: their prompts are not to come too late
+SLACK = 32  # small steps may be one in so many more than the longest row has tokens: the longest rows have none
 PACE_STEPS = 16  # steps until the pace is worked out again, and one more for each 1,000 rows to look at
 LAUNCH = 3.5e11  # multiplications of a device while its host launches a layer: 1 ms, at 700 TFLOP/s
 
@@ -38,6 +38,7 @@ class Pace:
         self._pool, self._running, self._waiting, self._min_pace = pool, running, waiting, min_pace
         self._mixed_sizes, self._max_reads = mixed_sizes, max_reads
         self._tokens, self._steps_left = 0.0, 0  # of a step, for all rows to end together; until it is reckoned anew
+        self._end = 0  # steps in which all rows are to end, once reckoned
         self._mixed = 0  # tokens of a small step with prompts; 0: prompts come in larger ones
         self._room, self._credit = float("inf"), 0.0  # prompt tokens that may come in, and that are carried over
         self._longest = 0  # tokens that the running rows may yield at most
@@ -46,7 +47,7 @@ class Pace:
 
     def reset(self) -> None:
         """Reckon anew: a row was added."""
-        self._steps_left, self._for_kv = 0, None
+        self._steps_left, self._end, self._for_kv = 0, 0, None
 
     def begin_step(self, max_num_batched_tokens: int) -> int:
         """Make room for prompt tokens in the next step; returns the tokens that it may have.
@@ -61,6 +62,7 @@ class Pace:
             return max_num_batched_tokens
         self._steps_left -= 1
         self._longest -= 1
+        self._end -= 1
         if self._steps_left <= 0:
             self._steps_left = PACE_STEPS + len(self._waiting) // 1000
             self._longest = max(map(num_left, self._running), default=0)
@@ -92,15 +94,33 @@ class Pace:
         work = sum(row.max_total_tokens - row.num_scheduled for row in rows)
         longest = max([1, *map(num_left, rows)])
         self._tokens = work / longest
-        # The row that comes last has to begin in time to end with the others.
-        least = work / max(1, longest - (num_left(rows[-1]) if self._waiting else 0))
+        self._end = max(self._end, longest)
+        self._mixed = self._reckon_mixed(rows)
+
+    def _reckon_mixed(self, rows: list[Request]) -> int:
+        """Tokens of small steps with which all rows end with the longest, about; 0 if they are not small.
+
+        A row that may yield L tokens has to come in L steps before the end. Until then the prompts up to its own are to
+        be computed, and what the rows before it yield.
+        """
+        if not self._waiting or not self._mixed_sizes or self._tokens > self._mixed_sizes[-1]:
+            return 0
+        if any(row.params.prompt_logprobs is not None for row in rows):
+            return 0
+        prompts_W = np.array([row.num_tokens for row in self._waiting])
+        left_W, left_R = (np.array([num_left(row) for row in some]) for some in (self._waiting, self._running))
+        order_W = np.argsort(-left_W, kind="stable")
+        left_W, left_R = left_W[order_W], np.sort(left_R)
+        until_W = self._end - left_W
+        num_ended_W = np.searchsorted(left_R, until_W)  # of the running rows
+        decodes_W = np.append(0, left_R.cumsum())[num_ended_W] + (len(left_R) - num_ended_W) * until_W
+        decodes_W = decodes_W + left_W.cumsum() - np.arange(1, len(left_W) + 1) * left_W
+        least = ((prompts_W[order_W].cumsum() + decodes_W) / until_W.clip(-(-self._end // SLACK))).max()
         if not all(row.params.ignore_eos for row in rows):
             least = max(least, MIN_UNSURE)
-        lens = [row.num_tokens for row in rows[len(self._running) :]] or [1]
-        reads = least * sum(num * num for num in lens) / sum(lens)
-        fitting = self._mixed_sizes[bisect_left(self._mixed_sizes, least) :]
-        replayed = reads <= self._max_reads and all(row.params.prompt_logprobs is None for row in rows)
-        self._mixed = fitting[0] if fitting and replayed else 0
+        if least * (prompts_W**2).sum() / prompts_W.sum() > self._max_reads:
+            return 0
+        return next((size for size in self._mixed_sizes if size >= least), 0)
 
     def _reckon_for_kv(self) -> float:
         """Prompt tokens that may come in a step for the KV cache to hold rows to their ends; 0 if it will hold all.

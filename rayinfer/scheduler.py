@@ -58,7 +58,8 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.num_preemptions = self._num_steps = 0
-        self.all_known = False  # the rows that wait are all that there are, the longest first
+        self.all_known: bool | None = None  # the rows that wait are all that there are; None: if it seems so
+        self._num_finished = 0  # rows since one was added
         self._pace = Pace(pool, self.running, self.waiting, mixed_sizes, max_reads, min_pace)
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._new_blocks: list[tuple[int, int, int]] = []
@@ -72,6 +73,14 @@ class Scheduler:
     def num_slots(self) -> int:
         return len(self.running) + len(self._free_slots)
 
+    def _none_to_come(self) -> bool:
+        """Whether the rows here are all, or seem to be: a job that has more sends some each time that some have ended,
+        about an eighth of the slots (`processor.rows_in_flight`), and lets others wait always."""
+        if self.all_known is not None:
+            return self.all_known
+        few = len(self.running) + len(self.waiting) <= self.num_slots
+        return few or 8 * self._num_finished >= 3 * self.num_slots
+
     def add(self, request: Request) -> None:
         """Queue a row. One that may yield N more tokens than another goes before it if it comes at most N steps later.
 
@@ -82,10 +91,12 @@ class Scheduler:
         if place and self.waiting[-1].rank > request.rank:
             place = bisect_right(self.waiting, request.rank, key=lambda row: row.rank)
         self.waiting.insert(place, request)
+        self._num_finished = 0
         self._pace.reset()
 
     def finish(self, request: Request, forget: bool = False) -> None:
         """Take a finished row out and free what it holds; `forget` its KV if it is not to be trusted."""
+        self._num_finished += 1
         if request.slot >= 0:
             self.running.remove(request)
             self._release(request, forget)
@@ -107,7 +118,7 @@ class Scheduler:
         self._num_steps += 1
         self._new_blocks, self.admitted = [], []
         budget, num_preemptions = self.max_num_batched_tokens, self.num_preemptions
-        if self.all_known:
+        if all_known := self._none_to_come():
             budget = self._pace.begin_step(budget)
         self._targets_left = PROMPT_LOGPROB_CHUNK
         decodes: list[Request] = []
@@ -130,7 +141,7 @@ class Scheduler:
             budget -= num_new
             (decodes.append(request) if num_new == 1 else chunks.append((request, num_new)))
         if self.num_preemptions == num_preemptions:  # else a row just put back would take the blocks again
-            self._admit(budget, decodes, chunks)
+            self._admit(budget, all_known, decodes, chunks)
         if self.pool.enable_prefix_caching and decodes:
             self._groups.order(decodes, self.running)
         rows = decodes + [request for request, _ in chunks]
@@ -203,8 +214,10 @@ class Scheduler:
         self._free_slots.append(request.slot)
         request.slot, request.num_scheduled, request.group = -1, 0, -1
 
-    def _admit(self, budget: int, decodes: list[Request], chunks: list[tuple[Request, int]]) -> None:
-        """Let waiting rows in while slots, blocks and budget last."""
+    def _admit(
+        self, budget: int, paced: bool, decodes: list[Request], chunks: list[tuple[Request, int]]
+    ) -> None:  # fmt: skip
+        """Let waiting rows in while slots, blocks and budget last, and their pace allows."""
         if self._full and self._few_free():
             return
         self._full = False
@@ -215,7 +228,7 @@ class Scheduler:
                 break
             if request.num_pending:
                 break  # preempted with a token still on the device: it must be read first
-            if self.all_known and not self._pace.admits(request):
+            if paced and not self._pace.admits(request):
                 break
             # The last token is always computed: its logits are what is wanted.
             reuse = request.params.prompt_logprobs is None or bool(request.output_token_ids)

@@ -68,7 +68,7 @@ class DecodeGraphs:
 
     def mixed_sizes(self) -> list[int]:
         """Tokens of steps with prompts that are replayed without padding, where more than one take longer."""
-        return [size for size in self._sizes if MIN_MIXED <= size <= MAX_MIXED]
+        return [size for size in self._sizes if MIN_MIXED <= size <= min(MAX_MIXED, self._sizes[-1] // 2)]
 
     def run(self, plan: StepPlan) -> torch.Tensor:
         """Replay a step of decodes; returns token ids [R], or logits [R, V] if `plan.needs_logits`."""

@@ -56,7 +56,7 @@ WAYS = {
     "eager": {"enforce_eager": True},
     "no cache": {"enable_prefix_caching": False},
     "chunks": {"max_num_batched_tokens": 24},
-    "prompts in graphs": {"max_num_seqs": 256},
+    "prompts in graphs": {"max_num_seqs": 256, "max_num_batched_tokens": 24},
 }
 
 
@@ -68,8 +68,6 @@ WAYS = {
 def test_tokens(folder_of, reference_of, family, way):
     llm, num_grouped, num_mixed = triton_llm(folder_of(family), **WAYS[way]), 0, 0
     launch, graphs = llm.engine.runner.launch, llm.engine.runner.graphs
-    if way == "prompts in graphs" and graphs is not None:  # which models of this size have no use for
-        llm.engine.scheduler._pace._mixed_sizes = graphs.mixed_sizes()
 
     def counting(plan):
         nonlocal num_grouped, num_mixed
