@@ -126,7 +126,8 @@ class Runner:
         num_rows, num_targets = len(plan.slots), len(plan.prompt_targets)
         self._admit(plan)
         if self.graphs is not None and self.graphs.takes(plan):
-            plan = plan.as_decodes()
+            if plan.num_decodes < num_rows:
+                plan = plan.as_decodes()
             out = self.graphs.run(plan)
             if len(plan.samples) < len(out):
                 out = out[self._send(plan.samples)[0].long()]
