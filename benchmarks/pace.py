@@ -46,7 +46,7 @@ def main() -> None:
         for most in [int(n) for n in asked.most.split(",")] * asked.times:
             llm.reset_prefix_cache()
             graphs.MAX_MIXED = most
-            pace._mixed_sizes = runner.graphs.mixed_sizes() if runner.graphs else []
+            pace._mixed_sizes, pace._max_reads = runner.graphs.mixed() if runner.graphs else ((), 0)
             steps, start = llm.engine.snapshot().num_steps, time.perf_counter()
             answers = [output.outputs[0].token_ids for output in llm.generate(rows, params, use_tqdm=False)]
             wall = time.perf_counter() - start

@@ -28,7 +28,6 @@ from rayinfer.models.model import ModelInfo
 from rayinfer.pace import LAUNCH
 from rayinfer.request import CompletionOutput, EncodedRow, EngineStats, Logprob, Request, RequestOutput
 from rayinfer.runner import Runner, StepHandle
-from rayinfer.runner.graphs import MAX_READS
 from rayinfer.runner.memory import is_out_of_memory, num_kv_blocks
 from rayinfer.runner.runner import TopLogprobs
 from rayinfer.scheduler import Scheduler, Step
@@ -83,10 +82,11 @@ class Engine:
         self.runner.allocate(num_blocks)
         self.runner.capture_graphs()
         self.pool = BlockPool(num_blocks, config.block_size, config.enable_prefix_caching)
+        graphs = self.runner.graphs
         lag = int(LAUNCH * self.info.num_layers / sum(weight.numel() for weight in self.model.module.parameters()))
         self.scheduler = Scheduler(
             self.pool, self.max_num_seqs, self.max_num_batched_tokens, MAX_DRAFT_STEP[kind],
-            self.runner.graphs.mixed_sizes() if self.runner.graphs and lag <= MAX_LAG else (), MAX_READS, lag,
+            graphs.mixed() if graphs and lag <= MAX_LAG else ((), 0), lag,
         )  # fmt: skip
         self.stats = EngineStats()
         self.on_admit: Callable[[list[str]], object] | None = None  # told the ids of rows before they run

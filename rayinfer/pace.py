@@ -25,18 +25,18 @@ class Pace:
     """Says of a scheduler's waiting rows whether they may come into its next step, blocks and slots aside.
 
     Args:
-        mixed_sizes: tokens of steps with prompts that are replayed as CUDA graphs, ascending, if their tokens read no
-            more than `max_reads` KV tokens. Such steps are wanted when all rows could end together with them.
+        mixed: tokens of steps with prompts that are replayed as CUDA graphs, ascending, if their tokens read no more
+            than so many KV tokens. Such steps are wanted when all rows could end together with them.
         min_pace: tokens of a step, below which an even pace of others is left alone: they are launched kernel by
             kernel, and a smaller one ends before the next is launched.
     """
 
     def __init__(
-        self, pool: BlockPool, running: Sequence[Request], waiting: Sequence[Request], mixed_sizes: Sequence[int],
-        max_reads: int, min_pace: int,
+        self, pool: BlockPool, running: Sequence[Request], waiting: Sequence[Request],
+        mixed: tuple[Sequence[int], int], min_pace: int,
     ):  # fmt: skip
         self._pool, self._running, self._waiting, self._min_pace = pool, running, waiting, min_pace
-        self._mixed_sizes, self._max_reads = mixed_sizes, max_reads
+        self._mixed_sizes, self._max_reads = mixed
         self._tokens, self._steps_left = 0.0, 0  # of a step, for all rows to end together; until it is reckoned anew
         self._end = 0  # steps in which all rows are to end, once reckoned
         self._mixed = 0  # tokens of a small step with prompts; 0: prompts come in larger ones

@@ -46,12 +46,12 @@ class Scheduler:
         max_num_seqs: rows that hold a slot at once.
         max_num_batched_tokens: tokens of one step, decodes and prompt chunks together.
         max_draft_step: tokens of a step that are about as fast as one; up to there, rows get drafts (speculation.py).
-        mixed_sizes, max_reads, min_pace: for rows that are all known, see `Pace`.
+        mixed, min_pace: for rows that are all known, see `Pace`.
     """
 
     def __init__(
         self, pool: BlockPool, max_num_seqs: int, max_num_batched_tokens: int, max_draft_step: int = 0,
-        mixed_sizes: Sequence[int] = (), max_reads: int = 0, min_pace: int = 2048,
+        mixed: tuple[Sequence[int], int] = ((), 0), min_pace: int = 2048,
     ):  # fmt: skip
         self.pool = pool
         self.max_num_batched_tokens, self.max_draft_step = max_num_batched_tokens, max_draft_step
@@ -60,7 +60,7 @@ class Scheduler:
         self.num_preemptions = self._num_steps = 0
         self.all_known: bool | None = None  # the rows that wait are all that there are; None: if it seems so
         self._num_finished = 0  # rows since one was added
-        self._pace = Pace(pool, self.running, self.waiting, mixed_sizes, max_reads, min_pace)
+        self._pace = Pace(pool, self.running, self.waiting, mixed, min_pace)
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._new_blocks: list[tuple[int, int, int]] = []
         self.admitted: list[Request] = []  # rows that got a slot in the newest step

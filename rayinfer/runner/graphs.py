@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 SIZES = (1, 2, 4, *range(8, 65, 8), 88, 104, 128, 136, 152, 184, 200, 216, 248, 256, 280, 312, 344, 384, 408, 432, 488)
 SIZES += (512, 568, 632, 696, 760, 824, 888, 952, 1024)
 
-# Of steps with prompts that are replayed, each prompt token as a decode row: launched kernel by kernel, they take the
-# host 14 to 23 ms. And the KV tokens that prompt tokens may read for that, which a kernel for prompts reads once.
+# Tokens of steps with prompts that are replayed, each prompt token as a decode row: launched kernel by kernel, they
+# take the host 14 to 23 ms. And bytes of KV that their tokens may read for that, which a kernel for prompts reads once.
 MIN_MIXED, MAX_MIXED = 128, 512
-MAX_READS = 2**19
+MAX_READ = 2**36
 
 
 class _Kind(NamedTuple):
@@ -51,6 +51,7 @@ class DecodeGraphs:
     def __init__(self, runner: Runner, max_num_seqs: int):
         self._runner = runner
         self._sizes = sorted({min(n, max_num_seqs) for n in (*SIZES, *range(1080, max_num_seqs, 64), max_num_seqs)})
+        self._max_reads = MAX_READ * runner.block_size // runner.bytes_per_block()  # KV tokens
         self._captured: dict[tuple[int, _Kind], _Captured] = {}
         self._warm: set[tuple[_Kind, int]] = set()
         # Constants that every graph reads, so they live as long as the graphs.
@@ -63,12 +64,13 @@ class DecodeGraphs:
     def takes(self, plan: StepPlan) -> bool:
         """Whether the step is to be replayed, as decodes."""
         reads = (plan.num_new * (plan.starts + plan.num_new))[plan.num_decodes :].sum()
-        is_small = len(plan.token_ids) <= min(MAX_MIXED, self._sizes[-1]) and reads <= MAX_READS
+        is_small = len(plan.token_ids) <= min(MAX_MIXED, self._sizes[-1]) and reads <= self._max_reads
         return not len(plan.prompt_targets) and (is_small or plan.num_decodes == len(plan.slots))
 
-    def mixed_sizes(self) -> list[int]:
-        """Tokens of steps with prompts that are replayed without padding, where more than one take longer."""
-        return [size for size in self._sizes if MIN_MIXED <= size <= min(MAX_MIXED, self._sizes[-1] // 2)]
+    def mixed(self) -> tuple[list[int], int]:
+        """Tokens of steps with prompts that are replayed without padding, and KV tokens that these may read."""
+        most = min(MAX_MIXED, self._sizes[-1] // 2)  # with more, rows wait for slots, and the slots for prompts
+        return [size for size in self._sizes if MIN_MIXED <= size <= most], self._max_reads
 
     def run(self, plan: StepPlan) -> torch.Tensor:
         """Replay a step of decodes; returns token ids [R], or logits [R, V] if `plan.needs_logits`."""

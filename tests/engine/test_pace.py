@@ -65,7 +65,7 @@ def test_nothing_to_spread(lens, num_slots):
     fast, paced = (steps_of(lens, all_known, num_slots=num_slots) for all_known in (False, True))
     np.testing.assert_array_equal(fast, paced)
     if len(set(lens)) == 1:  # each row may be the last
-        small = steps_of(lens, True, num_slots=num_slots, mixed_sizes=SIZES, max_reads=2**19)
+        small = steps_of(lens, True, num_slots=num_slots, mixed=(SIZES, 2**19))
         np.testing.assert_array_equal(fast, small)
 
 
@@ -83,7 +83,7 @@ def test_small_steps_where_the_longest_row_is_all_that_counts(num_rows, limit):
     """They are as small as is enough, and as many; no row that decodes waits."""
     lens = np.random.default_rng(0).integers(8, 1024, num_rows)
     fast = steps_of(lens, True)
-    tokens, _ = steps_of(lens, True, mixed_sizes=SIZES, max_reads=2**19)
+    tokens, _ = steps_of(lens, True, mixed=(SIZES, 2**19))
     assert tokens[0] == limit
     assert tokens.max() <= SIZES[-1] < fast[0].max()
     assert len(tokens) <= 1.08 * len(fast[0])
@@ -93,7 +93,7 @@ def test_small_steps_where_the_longest_row_is_all_that_counts(num_rows, limit):
 def test_decodes_go_on_where_they_are_more_than_small_steps_hold():
     """Short rows came in large steps; what is left then is little, but for the rows that run."""
     lens = [*range(600, 1000, 4), *[150] * 1200]
-    tokens, decodes = steps_of(lens, True, num_prompt=100, mixed_sizes=SIZES, max_reads=2**19)
+    tokens, decodes = steps_of(lens, True, num_prompt=100, mixed=(SIZES, 2**19))
     assert max(decodes) > SIZES[0]
     assert len(tokens) <= max(lens) + 20
 
@@ -101,21 +101,21 @@ def test_decodes_go_on_where_they_are_more_than_small_steps_hold():
 @pytest.mark.parametrize(
     "why",
     [
-        {"max_reads": 2**14},  # prompts are long: each token reads those before it
-        {"mixed_sizes": [32]},  # too much to do for such small steps
+        {"mixed": (SIZES, 2**14)},  # prompts are long: each token reads those before it
+        {"mixed": ([32], 2**19)},  # too much to do for such small steps
         {"params": {"prompt_logprobs": 1}},  # which no graph yields
     ],
 )
 def test_large_steps_all_the_same(why):
     lens = np.random.default_rng(0).integers(8, 1024, 60)
-    limits = {"mixed_sizes": SIZES, "max_reads": 2**19, **why}
+    limits = {"mixed": (SIZES, 2**19), **why}
     params = limits.pop("params", {})
     np.testing.assert_array_equal(steps_of(lens, True, params=params), steps_of(lens, True, params=params, **limits))
 
 
 def test_a_job_whose_rows_seem_to_be_all():
     """They do when they are no more than slots, or when many have ended and no new one came."""
-    limits = {"mixed_sizes": SIZES, "max_reads": 2**19}
+    limits = {"mixed": (SIZES, 2**19)}
     lens = np.random.default_rng(0).integers(8, 1024, 180)
     np.testing.assert_array_equal(steps_of(lens, None, **limits), steps_of(lens, True, **limits))
     lens = np.random.default_rng(0).exponential(180, 1500).clip(8, 1024).astype(int)
@@ -129,7 +129,7 @@ def test_a_job_whose_rows_seem_to_be_all():
 
 def test_rows_of_unknown_length_do_not_wait_long():
     """They may all end early: the prompts come in steps of 256 at least."""
-    lens, limits = range(100, 1000, 45), {"num_prompt": 100, "mixed_sizes": SIZES, "max_reads": 2**19}
+    lens, limits = range(100, 1000, 45), {"num_prompt": 100, "mixed": (SIZES, 2**19)}
     sure, unsure = (steps_of(lens, True, params={"ignore_eos": is_sure}, **limits)[0] for is_sure in (True, False))
     assert sure[0] == 128
     assert unsure[0] == 256
