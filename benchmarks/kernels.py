@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import triton
 from torch.nn import functional as F
 
+from rayinfer.kernels import paged_decode as decode_module
 from rayinfer.kernels import shared_prefix as prefix_module
 from rayinfer.kernels.act_mul import act_mul
 from rayinfer.kernels.paged_decode import paged_decode
@@ -98,6 +99,7 @@ def _decode_cases(dry: bool) -> Iterator[Case]:
         ("0.6B", 256, ""),
     ]
     mixes += [("0.6B", 1024, ""), ("gemma", 256, ""), ("smol", 256, ""), ("8B", 4, " long")]
+    mixes += [("8B", 488, f" beside prompts, item {item}") for item in (0, 1, 2, 4)]
     for model, rows, mix in mixes:
         heads, kv_heads, dim, window = models[model]
         rows = 3 if dry else rows
@@ -106,12 +108,16 @@ def _decode_cases(dry: bool) -> Iterator[Case]:
             length_B = torch.where(torch.rand(rows) < 1 / 16, torch.randint(4096, 16384, (rows,)), length_B // 4)
         elif mix == " long":
             length_B = torch.full((rows,), 65536)
+        elif "prompts" in mix:  # 400 rows that decode, and the tokens of a prompt as rows of their own
+            length_B = torch.where(torch.arange(rows) < 400, length_B // 3, torch.arange(rows) - 399)
+        item = int(mix.rpartition(" ")[2]) if "item" in mix else decode_module._ITEM_TILES
         lengths = ((length_B % 90) + 1 if dry else length_B).tolist()
         k, v, table, lens = _paged(lengths, kv_heads, dim)
         q = torch.randn(rows, heads, dim, dtype=DTYPE, device=DEVICE)
         scale = dim**-0.5
 
-        def run(q=q, k=k, v=v, table=table, lens=lens, scale=scale, window=window):
+        def run(q=q, k=k, v=v, table=table, lens=lens, scale=scale, window=window, item=item):
+            decode_module._ITEM_TILES = item
             return paged_decode(q, k, v, table, lens, scale=scale, sliding_window=window)
 
         def check(run=run, q=q, k=k, v=v, table=table, lengths=lengths, scale=scale, window=window):
