@@ -9,6 +9,7 @@ Shapes: T tokens, C channels, M positions, R rotary size.
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -17,14 +18,8 @@ from rayinfer.models.linear import Linear
 from rayinfer.models.paged import PagedLayer
 from rayinfer.ops import get_ops
 
-# Class of the decoder -> whether its norms follow Gemma's convention (1 + weight).
-FUSED = {
-    "transformers.models.llama.modeling_llama.LlamaModel": False,
-    "transformers.models.mistral.modeling_mistral.MistralModel": False,
-    "transformers.models.qwen2.modeling_qwen2.Qwen2Model": False,
-    "transformers.models.qwen3.modeling_qwen3.Qwen3Model": False,
-    "transformers.models.gemma3.modeling_gemma3.Gemma3TextModel": True,
-}
+# transformers' class of the decoder -> whether its norms follow Gemma's convention (1 + weight).
+FUSED = {"LlamaModel": False, "MistralModel": False, "Qwen2Model": False, "Qwen3Model": False, "Gemma3TextModel": True}
 PIECE = 5459  # tokens of an MLP 28,672 wide that are computed at once, or half as many again: what is wide is short
 _ACT = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 
@@ -195,7 +190,8 @@ def fuse(module: nn.Module, num_positions: int) -> bool:
         num_positions: rows of the rotary tables, so the longest sequence that can run.
     """
     for path, base in list(module.named_modules()):
-        if (gemma := FUSED.get(f"{type(base).__module__}.{type(base).__qualname__}")) is None:
+        gemma = FUSED.get(type(base).__name__)
+        if gemma is None or type(base) is not getattr(transformers, type(base).__name__):
             continue
         config = base.config
         kind = _ACT.get(getattr(config, "hidden_activation", None) or config.hidden_act)  # type: ignore[union-attr, arg-type]

@@ -86,7 +86,7 @@ def _fix_order(config: EngineConfig, module: nn.Module, device: torch.device, fu
     if not fused or type(head) is not nn.Linear:
         raise ConfigError(
             f"deterministic = True: {type(module).__name__} does not run on kernels of a fixed order of sums; on a GPU "
-            f"want fuse=True and one of {', '.join(name.rpartition('.')[2] for name in FUSED)}"
+            f"want fuse=True and one of {', '.join(FUSED)}"
         )
     module.set_output_embeddings(Linear.merge([head]))  # type: ignore[operator]
     for part in module.modules():
