@@ -116,10 +116,8 @@ class FusedLayer(nn.Module):
         x_TC, stream_TC = _end_block(self.attention.out, x_TC, self.post_attention, stream_TC)
         x_TC, stream_TC = self.pre_mlp.add(x_TC, stream_TC)
         num_pieces = max(1, -(-(len(x_TC) - self.mlp.num_at_once // 2) // self.mlp.num_at_once))
-        ends = [
-            _end_block(self.mlp.down, self.mlp(x_TC), self.post_mlp, stream_TC)
-            for x_TC, stream_TC in zip(x_TC.chunk(num_pieces), stream_TC.chunk(num_pieces), strict=True)
-        ]
+        pieces = zip(x_TC.chunk(num_pieces), stream_TC.chunk(num_pieces), strict=True)
+        ends = [_end_block(self.mlp.down, self.mlp(x_pC), self.post_mlp, stream_pC) for x_pC, stream_pC in pieces]
         if num_pieces == 1:
             return ends[0]
         parts = [x_TC for x_TC, _ in ends if x_TC is not None]
