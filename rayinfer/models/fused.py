@@ -163,11 +163,9 @@ class FusedDecoder(nn.Module):
         With `StepMeta.outputs`, [1, L, C]: nothing reads what the last layer makes of the other tokens but their KV.
         """
         stream_TC = self.embed_tokens(input_ids[0]) if inputs_embeds is None else inputs_embeds[0].clone()  # type: ignore[index]
-        x_TC = None
-        *layers, last = zip(self.layers, self._tables, strict=True)
-        for layer, (cos_MR, sin_MR) in layers:
-            x_TC, stream_TC = layer(x_TC, stream_TC, cos_MR, sin_MR)
-        x_TC, stream_TC = last[0](x_TC, stream_TC, *last[1], self._paged.meta.outputs)
+        x_TC, outputs = None, [None] * (len(self.layers) - 1) + [self._paged.meta.outputs]
+        for layer, table, wanted in zip(self.layers, self._tables, outputs, strict=True):
+            x_TC, stream_TC = layer(x_TC, stream_TC, *table, wanted)
         return BaseModelOutputWithPast(last_hidden_state=self.norm.add(x_TC, stream_TC)[0][None])
 
 
