@@ -144,8 +144,7 @@ class FusedDecoder(nn.Module):
         for i in range(len(base.layers)):
             self.layers.append(FusedLayer(base.layers[i], gemma, kind))
             base.layers[i] = nn.Identity()
-            if self.norm.weight.is_cuda:
-                torch.cuda.empty_cache()  # else the next layer's weights take pieces of what this one left
+            torch.cuda.empty_cache()  # else the next layer's weights take pieces of what this one left
         # Gemma 3 has one rotary embedding for each kind of layer, the others one in all.
         kinds = base.config.layer_types if isinstance(base.rotary_emb.rope_type, dict) else [""] * len(self.layers)
         tables = {kind: _rotary_tables(base, kind, num_positions) for kind in dict.fromkeys(kinds)}
