@@ -114,8 +114,8 @@ def _inspect(config: EngineConfig) -> tuple[Source, PreTrainedConfig, ModelInfo]
     if config.load_format != "dummy":
         check_weights(source, pickled=config.load_format == "pt")
     text = hf_config.get_text_config()
-    generation = _generation_config(source, hf_config)
-    eos = {id for part in (generation, text) for id in _as_ids(getattr(part, "eos_token_id", None))}
+    given = [getattr(part, "eos_token_id", None) for part in (_generation_config(source, hf_config), text)]
+    eos = {id for ids in given if ids is not None for id in ([ids] if isinstance(ids, int) else ids)}
     info = ModelInfo(
         architecture=architecture, vocab_size=text.vocab_size, eos_token_ids=tuple(sorted(eos)),
         max_position_embeddings=getattr(text, "max_position_embeddings", None), dtype=_dtype(config, text),
@@ -229,10 +229,6 @@ def _generation_config(source: Source, hf_config: PreTrainedConfig) -> Generatio
         except OSError:
             pass  # many models have none
     return GenerationConfig.from_model_config(hf_config)
-
-
-def _as_ids(value: int | list[int] | None) -> list[int]:
-    return [] if value is None else [value] if isinstance(value, int) else list(value)
 
 
 def _dtype(config: EngineConfig, text: PreTrainedConfig) -> torch.dtype:
