@@ -4,6 +4,7 @@
 engine starts; `load_model` does the same and then loads.
 """
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable
@@ -224,7 +225,7 @@ def _max_model_len(config: EngineConfig, text: PreTrainedConfig, architecture: s
 
 def _generation_config(source: Source, hf_config: PreTrainedConfig) -> GenerationConfig:
     if source.gguf_file is None:
-        try:
+        with contextlib.suppress(OSError):  # many models have none
             return GenerationConfig.from_pretrained(source.path, **source.hub_kwargs())
         except OSError:
             pass  # many models have none
