@@ -252,14 +252,13 @@ def _pretrained(
     weights: dict[str, torch.Tensor],
 ) -> nn.Module:  # fmt: skip
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)] if weights else AutoModelForCausalLM
-    place = {"state_dict": weights} if weights else source.hub_kwargs()
     try:
         module, report = kind.from_pretrained(
             None if weights else source.path, config=hf_config, dtype=dtype,
             device_map=None if device.type == "cpu" else {"": device}, attn_implementation=ATTENTION,
             trust_remote_code=config.trust_remote_code,
             use_safetensors=None if source.gguf_file else config.load_format != "pt", weights_only=True,
-            output_loading_info=True, **place,
+            output_loading_info=True, **({"state_dict": weights} if weights else source.hub_kwargs()),
         )  # fmt: skip
     except torch.OutOfMemoryError:
         raise
