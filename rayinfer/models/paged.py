@@ -103,11 +103,7 @@ class _Recorder:
         return query.new_zeros(query.shape).transpose(1, 2)
 
 
-def _paged_attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    return module.paged(module, *args, **kwargs), None  # type: ignore[operator]
-
-
-AttentionInterface.register(ATTENTION, _paged_attention)
+AttentionInterface.register(ATTENTION, lambda module, *args, **kwargs: (module.paged(module, *args, **kwargs), None))
 
 
 @torch.inference_mode()
