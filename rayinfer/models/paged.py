@@ -122,10 +122,9 @@ def discover(module: nn.Module) -> PagedState:
     recorder = _record(module, inputs | {"position_ids": torch.arange(2, device=device)[None]})
     specs = [spec for _, spec in recorder.calls]
     _check_specs(name, text, specs)
-    if device.type != "meta":
-        own = _record(module, inputs)  # with the positions that the model itself gives to a row's first tokens
-        if not all(map(torch.allclose, recorder.seen, own.seen)):
-            raise UnsupportedModelError(f"{name} numbers positions in a way of its own, which is not supported")
+    # Once more with the positions that the model itself gives to a row's first tokens.
+    if device.type != "meta" and not all(map(torch.allclose, recorder.seen, _record(module, inputs).seen)):
+        raise UnsupportedModelError(f"{name} numbers positions in a way of its own, which is not supported")
     state = PagedState(specs)
     for part, spec in recorder.calls:
         part.paged = PagedLayer(state, spec.layer)  # type: ignore[assignment]
