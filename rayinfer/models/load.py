@@ -227,8 +227,6 @@ def _generation_config(source: Source, hf_config: PreTrainedConfig) -> Generatio
     if source.gguf_file is None:
         with contextlib.suppress(OSError):  # many models have none
             return GenerationConfig.from_pretrained(source.path, **source.hub_kwargs())
-        except OSError:
-            pass  # many models have none
     return GenerationConfig.from_model_config(hf_config)
 
 
