@@ -121,11 +121,9 @@ class ChatTemplate:
 
     def render(self, messages: list[dict[str, Any]]) -> str:
         """The text, with marks around control tokens of the messages. Raises RowError and what the template does."""
-        marked = []
         for number, message in enumerate(messages):
-            role = message["role"]
-            self.control.check_role(role, f"messages[{number}]")
-            marked.append(self.control.mark(message, special_only=role == "assistant"))
+            self.control.check_role(message["role"], f"messages[{number}]")
+        marked = [self.control.mark(message, special_only=message["role"] == "assistant") for message in messages]
         return _SANDBOX.render(self._template, {**self._values, "messages": marked})
 
 
