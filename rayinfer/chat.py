@@ -115,9 +115,8 @@ class ChatTemplate:
         source = tokenizer.get_chat_template(template, tools)
         self.control = ControlTokens(tokenizer, source)
         self._template = _SANDBOX.template(source)
-        schemas = tools and [tool if isinstance(tool, Mapping) else get_json_schema(tool) for tool in tools]
         self._values = {"documents": None, "add_generation_prompt": True, **tokenizer.special_tokens_map, **kwargs}
-        self._values["tools"] = schemas
+        self._values["tools"] = tools and [t if isinstance(t, Mapping) else get_json_schema(t) for t in tools]
 
     def render(self, messages: list[dict[str, Any]]) -> str:
         """The text, with marks around control tokens of the messages. Raises RowError and what the template does."""
