@@ -30,8 +30,7 @@ def load_tokenizer(config: EngineConfig) -> PreTrainedTokenizerBase | None:
         return None
     source, extra = config.tokenizer or config.model, dict[str, Any]()
     if source.endswith(".gguf"):
-        path = Path(source)
-        source, extra = str(path.parent), {"gguf_file": path.name}
+        source, extra = str(Path(source).parent), {"gguf_file": Path(source).name}
     try:
         extra |= {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
         return AutoTokenizer.from_pretrained(source, **extra)
