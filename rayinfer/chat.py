@@ -115,17 +115,14 @@ class ChatTemplate:
         source = tokenizer.get_chat_template(template, tools)
         self.control = ControlTokens(tokenizer, source)
         self._template = _SANDBOX.template(source)
-        schemas = tools and [tool if isinstance(tool, Mapping) else get_json_schema(tool) for tool in tools]
         self._values = {"documents": None, "add_generation_prompt": True, **tokenizer.special_tokens_map, **kwargs}
-        self._values["tools"] = schemas
+        self._values["tools"] = tools and [t if isinstance(t, Mapping) else get_json_schema(t) for t in tools]
 
     def render(self, messages: list[dict[str, Any]]) -> str:
         """The text, with marks around control tokens of the messages. Raises RowError and what the template does."""
-        marked = []
         for number, message in enumerate(messages):
-            role = message["role"]
-            self.control.check_role(role, f"messages[{number}]")
-            marked.append(self.control.mark(message, special_only=role == "assistant"))
+            self.control.check_role(message["role"], f"messages[{number}]")
+        marked = [self.control.mark(message, special_only=message["role"] == "assistant") for message in messages]
         return _SANDBOX.render(self._template, {**self._values, "messages": marked})
 
 

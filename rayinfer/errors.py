@@ -6,7 +6,7 @@ import re
 import traceback
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -142,8 +142,7 @@ def _fields_at(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
     """Names of the fields of the (nested) model that `path` leads to."""
     for part in path:
         inner = getattr(model.model_fields.get(str(part)), "annotation", None)
-        candidates = [inner, *getattr(inner, "__args__", ())]
-        nested = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        nested = [c for c in (inner, *get_args(inner)) if isinstance(c, type) and issubclass(c, BaseModel)]
         if not nested:
             return []
         model = nested[0]

@@ -74,12 +74,11 @@ def find_groups(table_RP: np.ndarray, block_size: int) -> tuple[np.ndarray, np.n
         int32 [R], the group of each row, -1 for rows alone; int32 [G], blocks that each group's rows share. G is at
         most MAX_NUM_GROUPS, and 0 if grouping is not worth while.
     """
-    num_rows, alone = len(table_RP), np.full(len(table_RP), -1, np.int32)
-    none = alone, np.zeros(0, np.int32)
+    group_R, none = np.full(len(table_RP), -1, np.int32), np.zeros(0, np.int32)
     num_blocks_R = (table_RP != 0).sum(1)
     most = int(num_blocks_R.max(initial=0))
-    if num_rows < 2 or most * block_size < MIN_SHARED_TOKENS:
-        return none
+    if len(table_RP) < 2 or most * block_size < MIN_SHARED_TOKENS:
+        return group_R, none
     table_RP = np.ascontiguousarray(table_RP[:, :most])
     order_R = np.argsort(table_RP.view(np.dtype((np.void, 4 * most))).ravel())
     sorted_RP, num_R = table_RP[order_R], num_blocks_R[order_R]
@@ -97,8 +96,7 @@ def find_groups(table_RP: np.ndarray, block_size: int) -> tuple[np.ndarray, np.n
         best = max(best, (sum((b - a - 1) * shared for a, b, shared in groups), groups), key=lambda found: found[0])
     saved, groups = best
     if saved < MIN_SAVING * num_blocks_R.sum():
-        return none
-    group_R = alone
+        return group_R, none
     for number, (start, stop, _) in enumerate(groups):
         group_R[order_R[start:stop]] = number
     return group_R, np.array([shared for *_, shared in groups], np.int32)

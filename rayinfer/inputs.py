@@ -1,6 +1,7 @@
 """From a row to token ids: chat template, tokenizer, limits. Needs no weights, so it runs on any CPU."""
 
 import copy
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -30,8 +31,7 @@ def load_tokenizer(config: EngineConfig) -> PreTrainedTokenizerBase | None:
         return None
     source, extra = config.tokenizer or config.model, dict[str, Any]()
     if source.endswith(".gguf"):
-        path = Path(source)
-        source, extra = str(path.parent), {"gguf_file": path.name}
+        source, extra = str(Path(source).parent), {"gguf_file": Path(source).name}
     try:
         extra |= {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
         return AutoTokenizer.from_pretrained(source, **extra)
@@ -88,7 +88,7 @@ class InputProcessor:
         `sampling_params`.
         """
         results: list[EncodedRow | RowError | None] = [None] * len(rows)
-        texts: dict[bool, list[tuple[int, str, SamplingParams]]] = {True: [], False: []}
+        texts = defaultdict[bool, list[tuple[int, str, SamplingParams]]](list)  # by whether special tokens are added
         for index, row in enumerate(rows):
             try:
                 params = SamplingParams.from_row(_plain(row.get("sampling_params")))
@@ -166,8 +166,6 @@ class InputProcessor:
         return self._text(text)
 
     def _tokenize(self, texts: list[str], special: bool) -> Sequence[list[int] | RowError]:
-        if not texts:
-            return []
         assert self.tokenizer is not None
         try:
             return self.tokenizer(texts, add_special_tokens=special, return_attention_mask=False)["input_ids"]

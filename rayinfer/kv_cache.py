@@ -47,12 +47,10 @@ class BlockPool:
 
     def allocate(self, num: int) -> list[int]:
         """Take `num` free blocks; the caller has checked `num_free`."""
-        blocks = []
-        for _ in range(num):
-            block, _ = self._free.popitem(last=False)
+        blocks = [self._free.popitem(last=False)[0] for _ in range(num)]
+        for block in blocks:
             self._forget(block)
             self.ref_count[block] = 1
-            blocks.append(block)
         return blocks
 
     def release(self, request: Request, forget: bool = False) -> None:
@@ -70,8 +68,7 @@ class BlockPool:
                 if self._key_of[block] is None:
                     self._free.move_to_end(block, last=False)
         request.blocks.clear()
-        request.num_registered_blocks = 0
-        request.prefix_id = 0
+        request.num_registered_blocks = request.prefix_id = 0
 
     def match(self, request: Request, num_tokens: int) -> list[int]:
         """Blocks that hold the longest known prefix of the row's first `num_tokens` tokens, without taking them.

@@ -40,9 +40,7 @@ def rms_norm(x_TC: Tensor, weight_C: Tensor, eps: float, *, gemma: bool = False)
     if x_TC.dtype == torch.float32 and weight_C.dim() == 1:
         return F.rms_norm(x_TC, weight_C.shape, weight_C + 1 if gemma else weight_C, eps)
     normed = F.rms_norm(x_TC.float(), x_TC.shape[-1:], None, eps)
-    if gemma:
-        return normed.mul_(weight_C.float() + 1).to(x_TC.dtype)
-    return normed.to(x_TC.dtype).mul_(weight_C)
+    return normed.mul_(weight_C.float() + 1).to(x_TC.dtype) if gemma else normed.to(x_TC.dtype).mul_(weight_C)
 
 
 def add_rms_norm(

@@ -37,10 +37,8 @@ class TorchBackend:
         for first, last, seq_len, blocks, mask_qL in self._chunks(cache, spec, meta):
             num_new, group = last - first, spec.num_heads // spec.num_kv_heads
             q_KgqD = q_THD[first:last].transpose(0, 1).reshape(spec.num_kv_heads, group, num_new, spec.head_dim)
-            k_K1LD, v_K1LD = (
-                c[blocks].flatten(0, 1)[:seq_len].transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1)
-                for c in (cache.k_NSKD, cache.v_NSKD)
-            )
+            kv_LKD = (c[blocks].flatten(0, 1)[:seq_len] for c in (cache.k_NSKD, cache.v_NSKD))
+            k_K1LD, v_K1LD = (x_LKD.transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1) for x_LKD in kv_LKD)
             out_KgqD = _attend(q_KgqD, k_K1LD, v_K1LD, mask_qL, spec)
             out_THD[first:last] = out_KgqD.reshape(spec.num_heads, num_new, spec.head_dim).transpose(0, 1)
 
@@ -81,8 +79,7 @@ class TorchBackend:
         if key not in meta.scratch:
             size, table_BP = cache.k_NSKD.shape[1], meta.block_table_RP[: meta.num_decodes].long()
             lens_B = meta.seq_lens_R[: meta.num_decodes].long()
-            window = spec.sliding_window or meta.max_seq_len
-            first_B = (lens_B - window).clamp_(min=0)  # first visible token
+            first_B = (lens_B - (spec.sliding_window or meta.max_seq_len)).clamp_(min=0)  # first visible token
             base_B = first_B // size  # block that holds it
             num_B = (lens_B + size - 1) // size - base_B
             groups = []

@@ -9,6 +9,7 @@ Shapes: T tokens, C channels, M positions, R rotary size.
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -17,14 +18,8 @@ from rayinfer.models.linear import Linear
 from rayinfer.models.paged import PagedLayer
 from rayinfer.ops import get_ops
 
-# Class of the decoder -> whether its norms follow Gemma's convention (1 + weight).
-FUSED = {
-    "transformers.models.llama.modeling_llama.LlamaModel": False,
-    "transformers.models.mistral.modeling_mistral.MistralModel": False,
-    "transformers.models.qwen2.modeling_qwen2.Qwen2Model": False,
-    "transformers.models.qwen3.modeling_qwen3.Qwen3Model": False,
-    "transformers.models.gemma3.modeling_gemma3.Gemma3TextModel": True,
-}
+# transformers' class of the decoder -> whether its norms follow Gemma's convention (1 + weight).
+FUSED = {"LlamaModel": False, "MistralModel": False, "Qwen2Model": False, "Qwen3Model": False, "Gemma3TextModel": True}
 PIECE = 5459  # tokens of an MLP 28,672 wide that are computed at once, or half as many again: what is wide is short
 _ACT = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 
@@ -121,10 +116,8 @@ class FusedLayer(nn.Module):
         x_TC, stream_TC = _end_block(self.attention.out, x_TC, self.post_attention, stream_TC)
         x_TC, stream_TC = self.pre_mlp.add(x_TC, stream_TC)
         num_pieces = max(1, -(-(len(x_TC) - self.mlp.num_at_once // 2) // self.mlp.num_at_once))
-        ends = [
-            _end_block(self.mlp.down, self.mlp(x_TC), self.post_mlp, stream_TC)
-            for x_TC, stream_TC in zip(x_TC.chunk(num_pieces), stream_TC.chunk(num_pieces), strict=True)
-        ]
+        pieces = zip(x_TC.chunk(num_pieces), stream_TC.chunk(num_pieces), strict=True)
+        ends = [_end_block(self.mlp.down, self.mlp(x_pC), self.post_mlp, stream_pC) for x_pC, stream_pC in pieces]
         if num_pieces == 1:
             return ends[0]
         parts = [x_TC for x_TC, _ in ends if x_TC is not None]
@@ -151,8 +144,7 @@ class FusedDecoder(nn.Module):
         for i in range(len(base.layers)):
             self.layers.append(FusedLayer(base.layers[i], gemma, kind))
             base.layers[i] = nn.Identity()
-            if self.norm.weight.is_cuda:
-                torch.cuda.empty_cache()  # else the next layer's weights take pieces of what this one left
+            torch.cuda.empty_cache()  # else the next layer's weights take pieces of what this one left
         # Gemma 3 has one rotary embedding for each kind of layer, the others one in all.
         kinds = base.config.layer_types if isinstance(base.rotary_emb.rope_type, dict) else [""] * len(self.layers)
         tables = {kind: _rotary_tables(base, kind, num_positions) for kind in dict.fromkeys(kinds)}
@@ -170,11 +162,9 @@ class FusedDecoder(nn.Module):
         With `StepMeta.outputs`, [1, L, C]: nothing reads what the last layer makes of the other tokens but their KV.
         """
         stream_TC = self.embed_tokens(input_ids[0]) if inputs_embeds is None else inputs_embeds[0].clone()  # type: ignore[index]
-        x_TC = None
-        *layers, last = zip(self.layers, self._tables, strict=True)
-        for layer, (cos_MR, sin_MR) in layers:
-            x_TC, stream_TC = layer(x_TC, stream_TC, cos_MR, sin_MR)
-        x_TC, stream_TC = last[0](x_TC, stream_TC, *last[1], self._paged.meta.outputs)
+        x_TC, outputs = None, [None] * (len(self.layers) - 1) + [self._paged.meta.outputs]
+        for layer, table, wanted in zip(self.layers, self._tables, outputs, strict=True):
+            x_TC, stream_TC = layer(x_TC, stream_TC, *table, wanted)
         return BaseModelOutputWithPast(last_hidden_state=self.norm.add(x_TC, stream_TC)[0][None])
 
 
@@ -195,7 +185,8 @@ def fuse(module: nn.Module, num_positions: int) -> bool:
         num_positions: rows of the rotary tables, so the longest sequence that can run.
     """
     for path, base in list(module.named_modules()):
-        if (gemma := FUSED.get(f"{type(base).__module__}.{type(base).__qualname__}")) is None:
+        gemma = FUSED.get(type(base).__name__)
+        if gemma is None or type(base) is not getattr(transformers, type(base).__name__):
             continue
         config = base.config
         kind = _ACT.get(getattr(config, "hidden_activation", None) or config.hidden_act)  # type: ignore[union-attr, arg-type]

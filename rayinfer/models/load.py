@@ -4,6 +4,7 @@
 engine starts; `load_model` does the same and then loads.
 """
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable
@@ -86,7 +87,7 @@ def _fix_order(config: EngineConfig, module: nn.Module, device: torch.device, fu
     if not fused or type(head) is not nn.Linear:
         raise ConfigError(
             f"deterministic = True: {type(module).__name__} does not run on kernels of a fixed order of sums; on a GPU "
-            f"want fuse=True and one of {', '.join(name.rpartition('.')[2] for name in FUSED)}"
+            f"want fuse=True and one of {', '.join(FUSED)}"
         )
     module.set_output_embeddings(Linear.merge([head]))  # type: ignore[operator]
     for part in module.modules():
@@ -114,8 +115,8 @@ def _inspect(config: EngineConfig) -> tuple[Source, PreTrainedConfig, ModelInfo]
     if config.load_format != "dummy":
         check_weights(source, pickled=config.load_format == "pt")
     text = hf_config.get_text_config()
-    generation = _generation_config(source, hf_config)
-    eos = {id for part in (generation, text) for id in _as_ids(getattr(part, "eos_token_id", None))}
+    given = [getattr(part, "eos_token_id", None) for part in (_generation_config(source, hf_config), text)]
+    eos = {id for ids in given if ids is not None for id in ([ids] if isinstance(ids, int) else ids)}
     info = ModelInfo(
         architecture=architecture, vocab_size=text.vocab_size, eos_token_ids=tuple(sorted(eos)),
         max_position_embeddings=getattr(text, "max_position_embeddings", None), dtype=_dtype(config, text),
@@ -224,15 +225,9 @@ def _max_model_len(config: EngineConfig, text: PreTrainedConfig, architecture: s
 
 def _generation_config(source: Source, hf_config: PreTrainedConfig) -> GenerationConfig:
     if source.gguf_file is None:
-        try:
+        with contextlib.suppress(OSError):  # many models have none
             return GenerationConfig.from_pretrained(source.path, **source.hub_kwargs())
-        except OSError:
-            pass  # many models have none
     return GenerationConfig.from_model_config(hf_config)
-
-
-def _as_ids(value: int | list[int] | None) -> list[int]:
-    return [] if value is None else [value] if isinstance(value, int) else list(value)
 
 
 def _dtype(config: EngineConfig, text: PreTrainedConfig) -> torch.dtype:
@@ -255,14 +250,13 @@ def _pretrained(
     weights: dict[str, torch.Tensor],
 ) -> nn.Module:  # fmt: skip
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)] if weights else AutoModelForCausalLM
-    place = {"state_dict": weights} if weights else source.hub_kwargs()
     try:
         module, report = kind.from_pretrained(
             None if weights else source.path, config=hf_config, dtype=dtype,
             device_map=None if device.type == "cpu" else {"": device}, attn_implementation=ATTENTION,
             trust_remote_code=config.trust_remote_code,
             use_safetensors=None if source.gguf_file else config.load_format != "pt", weights_only=True,
-            output_loading_info=True, **place,
+            output_loading_info=True, **({"state_dict": weights} if weights else source.hub_kwargs()),
         )  # fmt: skip
     except torch.OutOfMemoryError:
         raise

@@ -103,11 +103,7 @@ class _Recorder:
         return query.new_zeros(query.shape).transpose(1, 2)
 
 
-def _paged_attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    return module.paged(module, *args, **kwargs), None  # type: ignore[operator]
-
-
-AttentionInterface.register(ATTENTION, _paged_attention)
+AttentionInterface.register(ATTENTION, lambda module, *args, **kwargs: (module.paged(module, *args, **kwargs), None))
 
 
 @torch.inference_mode()
@@ -126,10 +122,9 @@ def discover(module: nn.Module) -> PagedState:
     recorder = _record(module, inputs | {"position_ids": torch.arange(2, device=device)[None]})
     specs = [spec for _, spec in recorder.calls]
     _check_specs(name, text, specs)
-    if device.type != "meta":
-        own = _record(module, inputs)  # with the positions that the model itself gives to a row's first tokens
-        if not all(map(torch.allclose, recorder.seen, own.seen)):
-            raise UnsupportedModelError(f"{name} numbers positions in a way of its own, which is not supported")
+    # Once more with the positions that the model itself gives to a row's first tokens.
+    if device.type != "meta" and not all(map(torch.allclose, recorder.seen, _record(module, inputs).seen)):
+        raise UnsupportedModelError(f"{name} numbers positions in a way of its own, which is not supported")
     state = PagedState(specs)
     for part, spec in recorder.calls:
         part.paged = PagedLayer(state, spec.layer)  # type: ignore[assignment]

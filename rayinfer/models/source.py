@@ -104,14 +104,13 @@ def check_weights(source: Source, pickled: bool = False) -> None:
     if source.gguf_file is not None:
         return  # transformers parses its tensor table when it reads the config
     name = _PICKLED if pickled else _SAFE
+    folder, index = Path(source.path), f"{name}.index.json"
     if not source.local:
         _check_hub(source, name)
-        return
-    folder = Path(source.path)
-    if (folder / name).is_file():
+    elif (folder / name).is_file():
         _check_shard(folder / name, [], "")
-    elif (folder / f"{name}.index.json").is_file():
-        _check_shards(folder, f"{name}.index.json")
+    elif (folder / index).is_file():
+        _check_shards(folder, index)
     elif not pickled and (pickles := sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)):
         raise ConfigError(
             f"model = {source.path!r}: has only pickled weights ({pickles[0]}), which can run any code when loaded; "
@@ -119,7 +118,7 @@ def check_weights(source: Source, pickled: bool = False) -> None:
             f"load_format='pt' for a {_PICKLED}, of which nothing but tensors is then unpickled"
         )
     else:
-        raise ConfigError(f"model = {source.path!r}: has no weights; want {name} or {name}.index.json and its shards")
+        raise ConfigError(f"model = {source.path!r}: has no weights; want {name} or {index} and its shards")
 
 
 def _check_shards(folder: Path, index: str) -> None:

@@ -8,9 +8,8 @@ _U32 = 0xFFFFFFFF
 def greedy(logits_RV: torch.Tensor) -> torch.Tensor:
     """Likeliest token of each row, int32 [R]; the lowest id on ties; -1 for a row that holds NaN or no finite logit."""
     best = logits_RV.max(dim=-1)
-    token_R = best.indices.to(torch.int32)
     # max propagates NaN, so one look at the maximum is enough.
-    return torch.where(best.values.isfinite(), token_R, -1)
+    return torch.where(best.values.isfinite(), best.indices.to(torch.int32), -1)
 
 
 def sample(
@@ -27,10 +26,9 @@ def sample(
         int32 [R]; -1 for a row that holds NaN or no finite logit. Temperature 0 is greedy.
     """
     greedy_R = greedy(logits_RV)
-    drawn = temperature_R > 0
-    if not bool(drawn.any()):
+    rows = (temperature_R > 0).nonzero().squeeze(1)
+    if not len(rows):
         return greedy_R
-    rows = drawn.nonzero().squeeze(1)
     inverse_R = 1 / temperature_R[rows].float().clamp(min=1e-30)  # smaller ones draw the likeliest token just as well
     scaled_RV = logits_RV[rows].float() * inverse_R[:, None]
     keep_RV = _keep(scaled_RV, top_k_R[rows], top_p_R[rows].float(), min_p_R[rows].float())
@@ -50,8 +48,7 @@ def _keep(scaled_RV: torch.Tensor, top_k_R: torch.Tensor, top_p_R: torch.Tensor,
         sorted_RV = sorted_RV.masked_fill(sorted_RV < sorted_RV.gather(1, last_R[:, None]), float("-inf"))
         mass_RV = sorted_RV.softmax(-1).cumsum(-1)
         num_R = (mass_RV < top_p_R[:, None]).sum(-1).clamp(max=num_tokens - 1)  # the token that reaches top_p stays
-        nucleus_RV = scaled_RV >= sorted_RV.gather(1, num_R[:, None])
-        keep_RV &= nucleus_RV | (top_p_R >= 1)[:, None]
+        keep_RV &= (scaled_RV >= sorted_RV.gather(1, num_R[:, None])) | (top_p_R >= 1)[:, None]
     floor_R = scaled_RV.amax(-1) + torch.log(min_p_R)  # p < min_p * p_max, in logits; log(0) keeps all
     return keep_RV & (scaled_RV >= floor_R[:, None])
 
@@ -62,9 +59,8 @@ def gumbel(seed_R: torch.Tensor, position_R: torch.Tensor, num_tokens: int) -> t
     Each stage is the 32-bit finaliser of MurmurHash3 (A. Appleby, public domain). u takes 2^23 values and is never 0
     or 1: with 24 bits the largest would round up to 1 in float32, and its noise would be infinite.
     """
-    low_R, high_R = seed_R & _U32, (seed_R >> 32) & _U32
-    state_R = _mix(low_R ^ _mix((position_R + 0x9E3779B9) & _U32))
-    state_R = _mix(state_R ^ high_R)
+    state_R = _mix((seed_R & _U32) ^ _mix((position_R + 0x9E3779B9) & _U32))
+    state_R = _mix(state_R ^ ((seed_R >> 32) & _U32))
     token_V = (torch.arange(num_tokens, device=seed_R.device) * 0x9E3779B1) & _U32
     x_RV = _mix(state_R[:, None] ^ token_V)
     u_RV = ((x_RV >> 9).float() + 0.5) * 2.0**-23

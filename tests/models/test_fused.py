@@ -24,7 +24,7 @@ class Pair:
         self.original = family.reference()
         self.decoder = getattr(self.original.model, "language_model", self.original.model)
         self.config = self.decoder.config
-        self.gemma = FUSED[f"{type(self.decoder).__module__}.{type(self.decoder).__qualname__}"]
+        self.gemma = FUSED[type(self.decoder).__name__]
         module = copy.deepcopy(self.original)
         module.set_attn_implementation(ATTENTION)
         state = discover(module)
