@@ -52,7 +52,6 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.filters |= {"_turns": self._turns, "_weighed": self.weighed}
         self.globals.update(namespace=_Namespace, dict=lambda *args, **kwargs: dict(*args, **kwargs))
         self.globals.pop("lipsum")
-        self.concat: Any = self._concat
 
     def template(self, source: str) -> Template:
         """Compile. Raises jinja2.TemplateSyntaxError, RecursionError."""
@@ -104,7 +103,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             self._spend(0)
             yield item
 
-    def _concat(self, parts: Iterable[str]) -> str:
+    def concat(self, parts: Iterable[str]) -> str:  # type: ignore[override]
         size, kept = 0, []
         for part in parts:
             size += len(part)
