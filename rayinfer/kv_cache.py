@@ -25,8 +25,7 @@ class BlockPool:
     """
 
     def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True):
-        if num_blocks < 2:
-            raise ValueError(f"num_blocks = {num_blocks}: need at least 2, one is reserved for padding")
+        assert num_blocks >= 2, f"num_blocks = {num_blocks}: need at least 2, one is reserved for padding"
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
