@@ -98,9 +98,6 @@ class Model:
         if self.fused and meta.outputs is not None:
             logits_index_L = None  # the last layer has left the others out
         kwargs: dict[str, Any] = {"position_ids": meta.positions_T[None], "use_cache": False}
-        if logits_index_L is not None and self._slices_logits:
-            kwargs["logits_to_keep"] = logits_index_L
-        logits_LV = self.module(input_ids=input_ids_T[None], **kwargs).logits[0]
-        if logits_index_L is not None and not self._slices_logits:
-            logits_LV = logits_LV[logits_index_L]
-        return logits_LV
+        keep = {"logits_to_keep": logits_index_L} if self._slices_logits and logits_index_L is not None else {}
+        logits_LV = self.module(input_ids=input_ids_T[None], **kwargs, **keep).logits[0]
+        return logits_LV if keep or logits_index_L is None else logits_LV[logits_index_L]
