@@ -60,13 +60,13 @@ class FusedAttention(nn.Module):
             self.norms = {"q_weight": q_norm.weight, "k_weight": attention.k_norm.weight, "eps": q_norm.eps}
 
     def forward(self, x_TC: Tensor, cos_MR: Tensor, sin_MR: Tensor, outputs: StepOutputs | None = None) -> Tensor:
-        paged, spec = self.paged, self.paged.spec
+        paged, spec, meta = self.paged, self.paged.spec, self.paged.state.meta
         q_THD = self.ops.qk_norm_rope_write(
-            self.qkv(x_TC), cos_MR, sin_MR, paged.meta.positions_T, paged.meta.slot_mapping_T, paged.cache.k_NSKD,
+            self.qkv(x_TC), cos_MR, sin_MR, meta.positions_T, meta.slot_mapping_T, paged.cache.k_NSKD,
             paged.cache.v_NSKD, num_heads=spec.num_heads, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim,
             gemma=self.gemma, **self.norms,
         )  # fmt: skip
-        wanted = (q_THD, paged.meta) if outputs is None else (q_THD[outputs.index_L], outputs.meta)
+        wanted = (q_THD, meta) if outputs is None else (q_THD[outputs.index_L], outputs.meta)
         return paged.attend(*wanted).flatten(1)
 
 
@@ -162,7 +162,7 @@ class FusedDecoder(nn.Module):
         With `StepMeta.outputs`, [1, L, C]: nothing reads what the last layer makes of the other tokens but their KV.
         """
         stream_TC = self.embed_tokens(input_ids[0]) if inputs_embeds is None else inputs_embeds[0].clone()  # type: ignore[index]
-        x_TC, outputs = None, [None] * (len(self.layers) - 1) + [self._paged.meta.outputs]
+        x_TC, outputs = None, [None] * (len(self.layers) - 1) + [self._paged.state.meta.outputs]
         for layer, table, wanted in zip(self.layers, self._tables, outputs, strict=True):
             x_TC, stream_TC = layer(x_TC, stream_TC, *table, wanted)
         return BaseModelOutputWithPast(last_hidden_state=self.norm.add(x_TC, stream_TC)[0][None])

@@ -42,10 +42,6 @@ class PagedLayer:
         self.spec = state.specs[layer]
 
     @property
-    def meta(self) -> StepMeta:
-        return self.state.meta
-
-    @property
     def cache(self) -> LayerCache:
         return self.state.caches[self.spec.layer]
 
@@ -61,8 +57,8 @@ class PagedLayer:
     def __call__(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
         """transformers' layout: query [1, H, T, D], key and value [1, K, T, D]; returns [1, T, H, D]."""
         q_THD, k_TKD, v_TKD = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-        self.state.prefill.write(k_TKD, v_TKD, self.cache, self.meta)
-        return self.attend(q_THD, self.meta)[None]
+        self.state.prefill.write(k_TKD, v_TKD, self.cache, self.state.meta)
+        return self.attend(q_THD, self.state.meta)[None]
 
 
 class _Recorder:
