@@ -252,9 +252,8 @@ def _pretrained(
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)] if weights else AutoModelForCausalLM
     try:
         module, report = kind.from_pretrained(
-            None if weights else source.path, config=hf_config, dtype=dtype,
-            device_map=None if device.type == "cpu" else {"": device}, attn_implementation=ATTENTION,
-            trust_remote_code=config.trust_remote_code,
+            None if weights else source.path, config=hf_config, dtype=dtype, attn_implementation=ATTENTION,
+            device_map=None if device.type == "cpu" else {"": device}, trust_remote_code=config.trust_remote_code,
             use_safetensors=None if source.gguf_file else config.load_format != "pt", weights_only=True,
             output_loading_info=True, **({"state_dict": weights} if weights else source.hub_kwargs()),
         )  # fmt: skip
