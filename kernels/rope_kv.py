@@ -198,10 +198,9 @@ def write_kv(k_TKD: Tensor, v_TKD: Tensor, k_NSKD: Tensor, v_NSKD: Tensor, slot_
     """
     num_tokens, num_kv_heads, head_dim = k_TKD.shape
     assert k_TKD.stride(2) == v_TKD.stride(2) == k_NSKD.stride(3) == v_NSKD.stride(3) == 1
-    if num_tokens == 0:
-        return
-    _write_kv_kernel[(triton.cdiv(num_tokens * num_kv_heads, _ROWS.value),)](
-        k_TKD, v_TKD, slot_mapping_T, k_NSKD, v_NSKD, num_tokens, k_TKD.stride()[:2], v_TKD.stride()[:2],
-        k_NSKD.stride()[:3], v_NSKD.stride()[:3], NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim,
-        PAGE=k_NSKD.shape[1], BLOCK_D=triton.next_power_of_2(head_dim), num_warps=4,
-    )  # fmt: skip
+    if num_tokens > 0:
+        _write_kv_kernel[(triton.cdiv(num_tokens * num_kv_heads, _ROWS.value),)](
+            k_TKD, v_TKD, slot_mapping_T, k_NSKD, v_NSKD, num_tokens, k_TKD.stride()[:2], v_TKD.stride()[:2],
+            k_NSKD.stride()[:3], v_NSKD.stride()[:3], NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim,
+            PAGE=k_NSKD.shape[1], BLOCK_D=triton.next_power_of_2(head_dim), num_warps=4,
+        )  # fmt: skip
