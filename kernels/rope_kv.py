@@ -146,12 +146,11 @@ def qk_norm_rope_write(
     """
     num_tokens, rotary = qkv_TC.shape[0], cos_MR.shape[1]
     assert qkv_TC.shape[1] == (num_heads + 2 * num_kv_heads) * head_dim
-    assert qkv_TC.stride(1) == 1
     assert 0 < rotary <= head_dim
     assert rotary % 2 == head_dim % 2 == 0
     assert cos_MR.stride() == sin_MR.stride() == (rotary, 1)
     assert (q_weight is None) == (k_weight is None)
-    assert k_NSKD.stride(3) == v_NSKD.stride(3) == 1
+    assert qkv_TC.stride(1) == k_NSKD.stride(3) == v_NSKD.stride(3) == 1
     q_THD = torch.empty(num_tokens, num_heads, head_dim, dtype=qkv_TC.dtype, device=qkv_TC.device)
     if num_tokens == 0:
         return q_THD
