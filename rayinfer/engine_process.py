@@ -89,10 +89,9 @@ class EngineProcess:
         with self._lock:
             if self._closed or self.error is not None:
                 raise RuntimeError("the engine is closed" if self._closed else "the engine died") from self.error
-            for index, row in enumerate(rows):
-                request_id = str(next(self._ids))
-                self._rows[request_id] = _Row(row, index, on_finished)
-                self._unsent[request_id] = None
+            new = {str(next(self._ids)): _Row(row, index, on_finished) for index, row in enumerate(rows)}
+            self._rows |= new
+            self._unsent |= dict.fromkeys(new)
             self._feed()
 
     def stats(self) -> EngineStats:
