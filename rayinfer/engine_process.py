@@ -212,11 +212,9 @@ class EngineProcess:
 
     def _abort_all(self) -> None:
         with self._lock:
-            left = list(self._rows.values())
-            self._rows.clear()
-            self._unsent.clear()
+            left, self._rows, self._unsent = self._rows, {}, {}
         reason = f"the engine died: {self.error!r}" if self.error is not None else "the engine was closed"
-        for row in left:
+        for row in left.values():
             row.on_finished(row.index, failed_output(None, RowError(ErrorType.ABORTED, reason)))
 
 
