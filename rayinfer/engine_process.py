@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, fields
 from itertools import count
@@ -149,16 +149,11 @@ class EngineProcess:
             elif kind == "stepped":
                 self._finish(*payload)
 
-    def _finish(self, outputs: Iterable[RequestOutput], stats: EngineStats) -> None:
-        done = []
+    def _finish(self, outputs: Sequence[RequestOutput], stats: EngineStats) -> None:
         with self._lock:
             self._stats = stats
-            for output in outputs:
-                row = self._rows.pop(output.request_id)
-                self._admitted.discard(output.request_id)
-                output.prompt, output.prompt_token_ids = row.row.prompt, row.row.prompt_token_ids
-                output.num_restarts = row.num_crashes
-                done.append((row, output))
+            done = [(self._rows.pop(output.request_id), output) for output in outputs]
+            self._admitted.difference_update(output.request_id for output in outputs)
             self._feed()
         for row, output in done:
             row.on_finished(row.index, output)
