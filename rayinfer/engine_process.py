@@ -156,6 +156,8 @@ class EngineProcess:
             self._admitted.difference_update(output.request_id for output in outputs)
             self._feed()
         for row, output in done:
+            output.prompt, output.prompt_token_ids = row.row.prompt, row.row.prompt_token_ids
+            output.num_restarts = row.num_crashes
             row.on_finished(row.index, output)
 
     def _feed(self) -> None:
@@ -280,11 +282,11 @@ class _Child:
     def wait_until_ready(self, stop: Callable[[], bool]) -> bool:
         """False if it died before, or was to stop. Raises ConfigError as Engine does."""
         deadline = time.monotonic() + START_S
-        while not stop():
-            if time.monotonic() > deadline:
-                self._hung("it hung: it did not start, or its first step did not end, in time")
-                return False
-            try:
+        try:
+            while not stop():
+                if time.monotonic() > deadline:
+                    self._hung("it hung: it did not start, or its first step did not end, in time")
+                    return False
                 if self._inbox.poll(POLL_S):
                     kind, payload = self._inbox.recv()
                     if kind == "refused":
@@ -293,9 +295,8 @@ class _Child:
                     if kind == "ready":
                         return True
                     deadline = time.monotonic() + FIRST_STEP_S  # it is loaded, and proves that it can run a row
-            except (EOFError, OSError):
-                self._ended()
-                return False
+        except (EOFError, OSError):
+            self._ended()
         return False
 
     def receive(self, busy: Callable[[], bool]) -> tuple[str, Any] | None:
