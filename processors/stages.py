@@ -123,17 +123,15 @@ def finish(table: pa.Table, postprocess: RowFunction | None, on_error: str, seco
     rows, _ = col.to_rows(table)
     for row, new in zip(rows, added, strict=bool(added)):
         row.update({key: value for key, value in new.items() if key not in outputs})
-    errors: list[RowError | None] = []
+    errors = [col.error_of(row) for row in rows]
     answers = call_all(postprocess, rows, Stage.POSTPROCESS, seconds)
     results = [None if isinstance(answer, RowError) else answer for answer in answers]
-    for index, (row, result) in enumerate(zip(rows, answers, strict=True)):
-        error = col.error_of(row)
-        if isinstance(result, RowError):
-            if error is None and on_error == "raise":
-                col.raise_row(result, row, index)
-            error = error or result
+    for index, (row, answer) in enumerate(zip(rows, answers, strict=True)):
+        if isinstance(answer, RowError):
+            if errors[index] is None and on_error == "raise":
+                col.raise_row(answer, row, index)
+            errors[index] = error = errors[index] or answer
             row.update(col.error_values(error, Stage.ENCODE))
-        errors.append(error)
     replaced = {name for new in added for name in new if name not in outputs}
     sample: Any = {}
     if all(error is not None for error in errors):
