@@ -57,8 +57,7 @@ class Prepare:
         packed: list[bytes | None] = [None] * len(rows)
         asked: dict[int, Mapping[str, Any]] = {}
         # EncodedRow or RowError, at first those of a processor before this one
-        before = {i: error for i, row in enumerate(rows) if (error := col.error_of(row)) is not None}
-        results: dict[int, Any] = unread | before
+        results: dict[int, Any] = unread | {i: error for i, row in enumerate(rows) if (error := col.error_of(row))}
         left = {index: row for index, row in enumerate(rows) if index not in results}
         added: list[Any] = [{}] * len(left)
         if self._preprocess is not None:
@@ -73,8 +72,7 @@ class Prepare:
                 results[index] = error
         results |= zip(asked, self._inputs.encode_batch(list(asked.values())), strict=True)
         hidden = []
-        for index in range(len(rows)):
-            result = results[index]
+        for index, result in sorted(results.items()):
             if not isinstance(result, RowError):
                 params = result.params.model_dump_json(exclude_unset=True)
                 hidden.append({col.TOKEN_IDS: result.prompt_token_ids, col.PARAMS: params})
