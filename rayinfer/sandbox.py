@@ -180,8 +180,7 @@ def weigh(value: Any) -> int:
         if isinstance(item, str | bytes):
             size += len(item)
         elif isinstance(item, Mapping):
-            left += item
-            left += item.values()
+            left += [*item, *item.values()]
         elif isinstance(item, _VIEWS):
             left += item
         _refuse_above(size, MAX_SIZE, "characters")
