@@ -193,7 +193,6 @@ def fuse(module: nn.Module, num_positions: int) -> bool:
         linears = [part for part in base.layers.modules() if isinstance(part, nn.Linear)]  # type: ignore[union-attr]
         if kind is None or any(type(linear) is not nn.Linear for linear in linears):
             return False
-        parent, _, name = path.rpartition(".")
-        setattr(module.get_submodule(parent), name, FusedDecoder(base, gemma, kind, num_positions))
+        module.set_submodule(path, FusedDecoder(base, gemma, kind, num_positions))
         return True
     return False
