@@ -93,13 +93,10 @@ class FusedLayer(nn.Module):
         self.attention = FusedAttention(layer.self_attn, gemma)
         self.mlp = FusedMLP(layer.mlp, kind)
         self.pre_attention = Norm(layer.input_layernorm, gemma)
-        self.post_attention = self.post_mlp = None
-        if hasattr(layer, "pre_feedforward_layernorm"):
-            self.post_attention = Norm(layer.post_attention_layernorm, gemma)
-            self.pre_mlp = Norm(layer.pre_feedforward_layernorm, gemma)
-            self.post_mlp = Norm(layer.post_feedforward_layernorm, gemma)
-        else:
-            self.pre_mlp = Norm(layer.post_attention_layernorm, gemma)
+        four = hasattr(layer, "pre_feedforward_layernorm")  # norms: before and behind each block
+        self.post_attention = Norm(layer.post_attention_layernorm, gemma) if four else None
+        self.pre_mlp = Norm(layer.pre_feedforward_layernorm if four else layer.post_attention_layernorm, gemma)
+        self.post_mlp = Norm(layer.post_feedforward_layernorm, gemma) if four else None
 
     def forward(
         self, x_TC: Tensor | None, stream_TC: Tensor, cos_MR: Tensor, sin_MR: Tensor, outputs: StepOutputs | None = None
