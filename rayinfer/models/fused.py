@@ -50,21 +50,20 @@ class FusedAttention(nn.Module):
     def __init__(self, attention: Any, gemma: bool):
         super().__init__()
         self.paged: PagedLayer = attention.paged
-        self.gemma = gemma
         self.qkv = Linear.merge([attention.q_proj, attention.k_proj, attention.v_proj])
         self.out = Linear.merge([attention.o_proj])
         self.ops = get_ops(self.out.weight.device)
-        self.norms: dict[str, Any] = {}
+        self.norms: dict[str, Any] = {"gemma": gemma}
         if getattr(attention, "q_norm", None) is not None:
             q_norm = Norm(attention.q_norm, gemma)
-            self.norms = {"q_weight": q_norm.weight, "k_weight": attention.k_norm.weight, "eps": q_norm.eps}
+            self.norms |= {"q_weight": q_norm.weight, "k_weight": attention.k_norm.weight, "eps": q_norm.eps}
 
     def forward(self, x_TC: Tensor, cos_MR: Tensor, sin_MR: Tensor, outputs: StepOutputs | None = None) -> Tensor:
         paged, spec, meta = self.paged, self.paged.spec, self.paged.state.meta
         q_THD = self.ops.qk_norm_rope_write(
             self.qkv(x_TC), cos_MR, sin_MR, meta.positions_T, meta.slot_mapping_T, paged.cache.k_NSKD,
             paged.cache.v_NSKD, num_heads=spec.num_heads, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim,
-            gemma=self.gemma, **self.norms,
+            **self.norms,
         )  # fmt: skip
         wanted = (q_THD, meta) if outputs is None else (q_THD[outputs.index_L], outputs.meta)
         return paged.attend(*wanted).flatten(1)
