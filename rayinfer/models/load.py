@@ -230,9 +230,8 @@ def _dtype(config: EngineConfig, text: PreTrainedConfig) -> torch.dtype:
 
 
 def _from_config(config: EngineConfig, hf_config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:
-    return AutoModelForCausalLM.from_config(
-        hf_config, dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=config.trust_remote_code
-    )
+    code = {"trust_remote_code": config.trust_remote_code}
+    return AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation=ATTENTION, **code)
 
 
 def _pretrained(
