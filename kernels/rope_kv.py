@@ -152,19 +152,17 @@ def qk_norm_rope_write(
     assert (q_weight is None) == (k_weight is None)
     assert qkv_TC.stride(1) == k_NSKD.stride(3) == v_NSKD.stride(3) == 1
     q_THD = torch.empty(num_tokens, num_heads, head_dim, dtype=qkv_TC.dtype, device=qkv_TC.device)
-    if num_tokens == 0:
-        return q_THD
     rows = _ROWS.value
     num_programs = triton.cdiv(num_tokens * num_heads, rows) + 2 * triton.cdiv(num_tokens * num_kv_heads, rows)
-    _qk_norm_rope_write_kernel[(num_programs,)](
-        qkv_TC, cos_MR, sin_MR, positions_T, slot_mapping_T, qkv_TC if q_weight is None else q_weight,
-        qkv_TC if k_weight is None else k_weight, q_THD, k_NSKD, v_NSKD, num_tokens, qkv_TC.stride(0), rotary,
-        k_NSKD.stride()[:3], v_NSKD.stride()[:3], eps, NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads,
-        HEAD_DIM=head_dim, ROTARY=rotary, NORM="none" if q_weight is None else "gemma" if gemma else "llama",
-        PAGE=k_NSKD.shape[1], BLOCK_J=triton.next_power_of_2(rotary // 2),
-        BLOCK_V=triton.next_power_of_2(head_dim // 2), BLOCK_REST=triton.next_power_of_2(max(1, head_dim - rotary)),
-        num_warps=4 if head_dim <= 128 else 8,
-    )  # fmt: skip
+    if num_tokens > 0:
+        _qk_norm_rope_write_kernel[(num_programs,)](
+            qkv_TC, cos_MR, sin_MR, positions_T, slot_mapping_T, qkv_TC if q_weight is None else q_weight,
+            qkv_TC if k_weight is None else k_weight, q_THD, k_NSKD, v_NSKD, num_tokens, qkv_TC.stride(0), rotary,
+            k_NSKD.stride()[:3], v_NSKD.stride()[:3], eps, NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads,
+            HEAD_DIM=head_dim, ROTARY=rotary, NORM="none" if q_weight is None else "gemma" if gemma else "llama",
+            PAGE=k_NSKD.shape[1], BLOCK_J=triton.next_power_of_2(rotary // 2), num_warps=4 if head_dim <= 128 else 8,
+            BLOCK_V=triton.next_power_of_2(head_dim // 2), BLOCK_REST=triton.next_power_of_2(max(1, head_dim - rotary)),
+        )  # fmt: skip
     return q_THD
 
 
