@@ -109,10 +109,8 @@ def matmul(
     if tma:
         blocks = ((x_MI, [tile.m, tile.i]), (w_OI, [tile.o, tile.i]))
         loads = tuple(TensorDescriptor(t, t.shape, t.stride(), block) for t, block in blocks)  # type: ignore[assignment]
-    grid = (triton.cdiv(num_rows, tile.m) * triton.cdiv(num_out, tile.o),)
-    _matmul_kernel[grid](
-        *loads, bias_O, out_MO, num_rows, num_out, num_in, x_MI.stride(0), w_OI.stride(0),
-        TMA=tma, BLOCK_M=tile.m, BLOCK_O=tile.o, BLOCK_I=tile.i, GROUP=tile.group,
-        num_warps=tile.warps, num_stages=tile.stages,
+    _matmul_kernel[(triton.cdiv(num_rows, tile.m) * triton.cdiv(num_out, tile.o),)](
+        *loads, bias_O, out_MO, num_rows, num_out, num_in, x_MI.stride(0), w_OI.stride(0), TMA=tma,
+        BLOCK_M=tile.m, BLOCK_O=tile.o, BLOCK_I=tile.i, GROUP=tile.group, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out_MO

@@ -29,36 +29,29 @@ def _rms_norm_kernel(
     tl.store(out_ptr + token * num_channels + c_C, x_C.to(DTYPE), mask=mask_C)
 
 
-def _launch(
-    x_TC: torch.Tensor, residual_TC: torch.Tensor | None, weight_C: torch.Tensor, eps: float, gemma: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    num_tokens, num_channels = x_TC.shape
-    residual = x_TC if residual_TC is None else residual_TC
-    assert residual.shape == x_TC.shape
-    assert x_TC.stride(1) == residual.stride(1) == weight_C.stride(0) == 1
-    out_TC = torch.empty(num_tokens, num_channels, dtype=x_TC.dtype, device=x_TC.device)
-    sum_TC = out_TC if residual_TC is None else torch.empty_like(out_TC)
-    if num_tokens == 0:
-        return out_TC, sum_TC
-    block_c = triton.next_power_of_2(num_channels)
-    _rms_norm_kernel[(num_tokens,)](
-        x_TC, residual, weight_C, out_TC, sum_TC, x_TC.stride(0), residual.stride(0), eps, num_channels,
-        ADD=residual_TC is not None, GEMMA=gemma, BLOCK_C=block_c, num_warps=min(16, max(1, block_c // 512)),
-    )  # fmt: skip
-    return out_TC, sum_TC
-
-
 def rms_norm(x_TC: torch.Tensor, weight_C: torch.Tensor, eps: float, *, gemma: bool = False) -> torch.Tensor:
     """RMS norm over channels in float32; the result, [T, C], has x's dtype.
 
     With gemma=False the normalised value is rounded to x's dtype and then multiplied by the weight (LlamaRMSNorm);
     with gemma=True it is multiplied by 1 + weight in float32 and rounded once (Gemma3RMSNorm).
     """
-    return _launch(x_TC, None, weight_C, eps, gemma)[0]
+    return add_rms_norm(x_TC, None, weight_C, eps, gemma=gemma)[0]
 
 
 def add_rms_norm(
-    x_TC: torch.Tensor, residual_TC: torch.Tensor, weight_C: torch.Tensor, eps: float, *, gemma: bool = False
+    x_TC: torch.Tensor, residual_TC: torch.Tensor | None, weight_C: torch.Tensor, eps: float, *, gemma: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`rms_norm` of x + residual, and that sum rounded to x's dtype: (normed_TC, sum_TC)."""
-    return _launch(x_TC, residual_TC, weight_C, eps, gemma)
+    """`rms_norm` of x + residual, and that sum rounded to x's dtype: (normed_TC, sum_TC). None adds nothing."""
+    num_tokens, num_channels = x_TC.shape
+    residual = x_TC if residual_TC is None else residual_TC
+    assert residual.shape == x_TC.shape
+    assert x_TC.stride(1) == residual.stride(1) == weight_C.stride(0) == 1
+    out_TC = torch.empty(num_tokens, num_channels, dtype=x_TC.dtype, device=x_TC.device)
+    sum_TC = out_TC if residual_TC is None else torch.empty_like(out_TC)
+    if num_tokens > 0:
+        block_c = triton.next_power_of_2(num_channels)
+        _rms_norm_kernel[(num_tokens,)](
+            x_TC, residual, weight_C, out_TC, sum_TC, x_TC.stride(0), residual.stride(0), eps, num_channels,
+            ADD=residual_TC is not None, GEMMA=gemma, BLOCK_C=block_c, num_warps=min(16, max(1, block_c // 512)),
+        )  # fmt: skip
+    return out_TC, sum_TC

@@ -146,26 +146,23 @@ def qk_norm_rope_write(
     """
     num_tokens, rotary = qkv_TC.shape[0], cos_MR.shape[1]
     assert qkv_TC.shape[1] == (num_heads + 2 * num_kv_heads) * head_dim
-    assert qkv_TC.stride(1) == 1
     assert 0 < rotary <= head_dim
     assert rotary % 2 == head_dim % 2 == 0
     assert cos_MR.stride() == sin_MR.stride() == (rotary, 1)
     assert (q_weight is None) == (k_weight is None)
-    assert k_NSKD.stride(3) == v_NSKD.stride(3) == 1
+    assert qkv_TC.stride(1) == k_NSKD.stride(3) == v_NSKD.stride(3) == 1
     q_THD = torch.empty(num_tokens, num_heads, head_dim, dtype=qkv_TC.dtype, device=qkv_TC.device)
-    if num_tokens == 0:
-        return q_THD
     rows = _ROWS.value
     num_programs = triton.cdiv(num_tokens * num_heads, rows) + 2 * triton.cdiv(num_tokens * num_kv_heads, rows)
-    _qk_norm_rope_write_kernel[(num_programs,)](
-        qkv_TC, cos_MR, sin_MR, positions_T, slot_mapping_T, qkv_TC if q_weight is None else q_weight,
-        qkv_TC if k_weight is None else k_weight, q_THD, k_NSKD, v_NSKD, num_tokens, qkv_TC.stride(0), rotary,
-        k_NSKD.stride()[:3], v_NSKD.stride()[:3], eps, NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads,
-        HEAD_DIM=head_dim, ROTARY=rotary, NORM="none" if q_weight is None else "gemma" if gemma else "llama",
-        PAGE=k_NSKD.shape[1], BLOCK_J=triton.next_power_of_2(rotary // 2),
-        BLOCK_V=triton.next_power_of_2(head_dim // 2), BLOCK_REST=triton.next_power_of_2(max(1, head_dim - rotary)),
-        num_warps=4 if head_dim <= 128 else 8,
-    )  # fmt: skip
+    if num_tokens > 0:
+        _qk_norm_rope_write_kernel[(num_programs,)](
+            qkv_TC, cos_MR, sin_MR, positions_T, slot_mapping_T, qkv_TC if q_weight is None else q_weight,
+            qkv_TC if k_weight is None else k_weight, q_THD, k_NSKD, v_NSKD, num_tokens, qkv_TC.stride(0), rotary,
+            k_NSKD.stride()[:3], v_NSKD.stride()[:3], eps, NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads,
+            HEAD_DIM=head_dim, ROTARY=rotary, NORM="none" if q_weight is None else "gemma" if gemma else "llama",
+            PAGE=k_NSKD.shape[1], BLOCK_J=triton.next_power_of_2(rotary // 2), num_warps=4 if head_dim <= 128 else 8,
+            BLOCK_V=triton.next_power_of_2(head_dim // 2), BLOCK_REST=triton.next_power_of_2(max(1, head_dim - rotary)),
+        )  # fmt: skip
     return q_THD
 
 
@@ -198,10 +195,9 @@ def write_kv(k_TKD: Tensor, v_TKD: Tensor, k_NSKD: Tensor, v_NSKD: Tensor, slot_
     """
     num_tokens, num_kv_heads, head_dim = k_TKD.shape
     assert k_TKD.stride(2) == v_TKD.stride(2) == k_NSKD.stride(3) == v_NSKD.stride(3) == 1
-    if num_tokens == 0:
-        return
-    _write_kv_kernel[(triton.cdiv(num_tokens * num_kv_heads, _ROWS.value),)](
-        k_TKD, v_TKD, slot_mapping_T, k_NSKD, v_NSKD, num_tokens, k_TKD.stride()[:2], v_TKD.stride()[:2],
-        k_NSKD.stride()[:3], v_NSKD.stride()[:3], NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim,
-        PAGE=k_NSKD.shape[1], BLOCK_D=triton.next_power_of_2(head_dim), num_warps=4,
-    )  # fmt: skip
+    if num_tokens > 0:
+        _write_kv_kernel[(triton.cdiv(num_tokens * num_kv_heads, _ROWS.value),)](
+            k_TKD, v_TKD, slot_mapping_T, k_NSKD, v_NSKD, num_tokens, k_TKD.stride()[:2], v_TKD.stride()[:2],
+            k_NSKD.stride()[:3], v_NSKD.stride()[:3], NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim,
+            PAGE=k_NSKD.shape[1], BLOCK_D=triton.next_power_of_2(head_dim), num_warps=4,
+        )  # fmt: skip

@@ -213,14 +213,13 @@ def sample(
     assert all(x.is_contiguous() for x in (temperature_R, top_k_R, top_p_R, min_p_R, seed_R, position_R))
     device = logits_RV.device
     token_R = torch.empty(num_rows, dtype=torch.int32, device=device)
-    if num_rows == 0:
-        return token_R
-    aside = torch.empty(num_rows, _ASIDE, dtype=logits_RV.dtype, device=device)
-    ids = torch.empty(num_rows, _ASIDE, dtype=torch.int32, device=device)
-    _sample_kernel[(num_rows,)](
-        logits_RV, temperature_R, top_k_R, top_p_R, min_p_R, seed_R, position_R, aside, ids, token_R,
-        logits_RV.stride(0), num_tokens, ASIDE=_ASIDE, BLOCK=_BLOCK, num_warps=16,
-    )  # fmt: skip
+    if num_rows > 0:
+        aside = torch.empty(num_rows, _ASIDE, dtype=logits_RV.dtype, device=device)
+        ids = torch.empty(num_rows, _ASIDE, dtype=torch.int32, device=device)
+        _sample_kernel[(num_rows,)](
+            logits_RV, temperature_R, top_k_R, top_p_R, min_p_R, seed_R, position_R, aside, ids, token_R,
+            logits_RV.stride(0), num_tokens, ASIDE=_ASIDE, BLOCK=_BLOCK, num_warps=16,
+        )  # fmt: skip
     return token_R
 
 

@@ -17,12 +17,11 @@ from rayinfer.errors import ErrorType, RowError, Stage, describe
 from rayinfer.processors.ray_compat import in_task, task_attempt
 
 RowFunction = Callable[[dict[str, Any]], Mapping[str, Any]]
+Answer = dict[str, Any] | RowError  # what a function returns for a row, or why it does not
 REARM_SECONDS = 1.0  # the limit is kept to so much: setting the watchdog for every row would take longer than the row
 
 
-def call_all(
-    function: RowFunction, rows: Sequence[Mapping[str, Any]], stage: Stage, seconds: float
-) -> list[dict[str, Any] | RowError]:
+def call_all(function: RowFunction, rows: Sequence[Mapping[str, Any]], stage: Stage, seconds: float) -> list[Answer]:
     """What the function returns for each row, or why it does not.
 
     Args:
@@ -42,8 +41,8 @@ def call_all(
     return answers
 
 
-def _call_apart(function: RowFunction, rows: Sequence[Mapping[str, Any]], stage: Stage, seconds: float) -> list[Any]:
-    answers: list[Any] = []
+def _call_apart(function: RowFunction, rows: Sequence[Mapping[str, Any]], stage: Stage, seconds: float) -> list[Answer]:
+    answers: list[Answer] = []
     apart: Any = None
     for row in rows:
         try:
@@ -66,11 +65,11 @@ class _Apart:
     def __init__(self, function: RowFunction):
         self._function = function
 
-    def call(self, row: Mapping[str, Any], stage: Stage) -> dict[str, Any] | RowError:
+    def call(self, row: Mapping[str, Any], stage: Stage) -> Answer:
         return _call(self._function, row, stage)
 
 
-def _call(function: RowFunction, row: Mapping[str, Any], stage: Stage) -> dict[str, Any] | RowError:
+def _call(function: RowFunction, row: Mapping[str, Any], stage: Stage) -> Answer:
     try:
         result = function(dict(row))
         if isinstance(result, Mapping):

@@ -57,8 +57,7 @@ class Prepare:
         packed: list[bytes | None] = [None] * len(rows)
         asked: dict[int, Mapping[str, Any]] = {}
         # EncodedRow or RowError, at first those of a processor before this one
-        before = {i: error for i, row in enumerate(rows) if (error := col.error_of(row)) is not None}
-        results: dict[int, Any] = unread | before
+        results: dict[int, Any] = unread | {i: error for i, row in enumerate(rows) if (error := col.error_of(row))}
         left = {index: row for index, row in enumerate(rows) if index not in results}
         added: list[Any] = [{}] * len(left)
         if self._preprocess is not None:
@@ -73,8 +72,7 @@ class Prepare:
                 results[index] = error
         results |= zip(asked, self._inputs.encode_batch(list(asked.values())), strict=True)
         hidden = []
-        for index in range(len(rows)):
-            result = results[index]
+        for index, result in sorted(results.items()):
             if not isinstance(result, RowError):
                 params = result.params.model_dump_json(exclude_unset=True)
                 hidden.append({col.TOKEN_IDS: result.prompt_token_ids, col.PARAMS: params})
@@ -123,17 +121,15 @@ def finish(table: pa.Table, postprocess: RowFunction | None, on_error: str, seco
     rows, _ = col.to_rows(table)
     for row, new in zip(rows, added, strict=bool(added)):
         row.update({key: value for key, value in new.items() if key not in outputs})
-    errors: list[RowError | None] = []
+    errors = [col.error_of(row) for row in rows]
     answers = call_all(postprocess, rows, Stage.POSTPROCESS, seconds)
     results = [None if isinstance(answer, RowError) else answer for answer in answers]
-    for index, (row, result) in enumerate(zip(rows, answers, strict=True)):
-        error = col.error_of(row)
-        if isinstance(result, RowError):
-            if error is None and on_error == "raise":
-                col.raise_row(result, row, index)
-            error = error or result
+    for index, (row, answer) in enumerate(zip(rows, answers, strict=True)):
+        if isinstance(answer, RowError):
+            if errors[index] is None and on_error == "raise":
+                col.raise_row(answer, row, index)
+            errors[index] = error = errors[index] or answer
             row.update(col.error_values(error, Stage.ENCODE))
-        errors.append(error)
     replaced = {name for new in added for name in new if name not in outputs}
     sample: Any = {}
     if all(error is not None for error in errors):

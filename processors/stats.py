@@ -9,7 +9,6 @@ from typing import Any
 
 import ray
 
-_GAUGES = ("num_running", "num_waiting")  # of now; all other counts only grow
 _FRESH_S = 10.0  # an engine that has been silent for longer runs nothing
 
 
@@ -30,7 +29,7 @@ class StatsBoard:
         total = Counter[str](num_engines=len(fresh))
         for _, stats in self._engines.values():
             total.update(stats)
-        for name in _GAUGES:
+        for name in ("num_running", "num_waiting"):  # of now; all other counts only grow
             total[name] = sum(stats[name] for stats in fresh)
         total["num_busy"] = sum(stats["num_running"] > 0 for stats in fresh)
         return {**total, "kv_usage": sum(stats["kv_usage"] for stats in fresh) / max(1, len(fresh))}

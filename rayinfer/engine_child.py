@@ -13,7 +13,6 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import replace
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
@@ -74,7 +73,7 @@ def _serve(pipe: Connection, outbox: Connection) -> None:
         if finished or not engine.has_work or now - told > HEARTBEAT_S:
             for output in finished:
                 output.prompt, output.prompt_token_ids = None, []  # the parent has them
-            outbox.send(("stepped", (finished, replace(engine.snapshot()))))
+            outbox.send(("stepped", (finished, engine.snapshot())))
             told = now
 
 

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, fields
 from itertools import count
@@ -89,10 +89,9 @@ class EngineProcess:
         with self._lock:
             if self._closed or self.error is not None:
                 raise RuntimeError("the engine is closed" if self._closed else "the engine died") from self.error
-            for index, row in enumerate(rows):
-                request_id = str(next(self._ids))
-                self._rows[request_id] = _Row(row, index, on_finished)
-                self._unsent[request_id] = None
+            new = {str(next(self._ids)): _Row(row, index, on_finished) for index, row in enumerate(rows)}
+            self._rows |= new
+            self._unsent |= dict.fromkeys(new)
             self._feed()
 
     def stats(self) -> EngineStats:
@@ -150,18 +149,15 @@ class EngineProcess:
             elif kind == "stepped":
                 self._finish(*payload)
 
-    def _finish(self, outputs: Iterable[RequestOutput], stats: EngineStats) -> None:
-        done = []
+    def _finish(self, outputs: Sequence[RequestOutput], stats: EngineStats) -> None:
         with self._lock:
             self._stats = stats
-            for output in outputs:
-                row = self._rows.pop(output.request_id)
-                self._admitted.discard(output.request_id)
-                output.prompt, output.prompt_token_ids = row.row.prompt, row.row.prompt_token_ids
-                output.num_restarts = row.num_crashes
-                done.append((row, output))
+            done = [(self._rows.pop(output.request_id), output) for output in outputs]
+            self._admitted.difference_update(output.request_id for output in outputs)
             self._feed()
         for row, output in done:
+            output.prompt, output.prompt_token_ids = row.row.prompt, row.row.prompt_token_ids
+            output.num_restarts = row.num_crashes
             row.on_finished(row.index, output)
 
     def _feed(self) -> None:
@@ -213,11 +209,9 @@ class EngineProcess:
 
     def _abort_all(self) -> None:
         with self._lock:
-            left = list(self._rows.values())
-            self._rows.clear()
-            self._unsent.clear()
+            left, self._rows, self._unsent = self._rows, {}, {}
         reason = f"the engine died: {self.error!r}" if self.error is not None else "the engine was closed"
-        for row in left:
+        for row in left.values():
             row.on_finished(row.index, failed_output(None, RowError(ErrorType.ABORTED, reason)))
 
 
@@ -288,11 +282,11 @@ class _Child:
     def wait_until_ready(self, stop: Callable[[], bool]) -> bool:
         """False if it died before, or was to stop. Raises ConfigError as Engine does."""
         deadline = time.monotonic() + START_S
-        while not stop():
-            if time.monotonic() > deadline:
-                self._hung("it hung: it did not start, or its first step did not end, in time")
-                return False
-            try:
+        try:
+            while not stop():
+                if time.monotonic() > deadline:
+                    self._hung("it hung: it did not start, or its first step did not end, in time")
+                    return False
                 if self._inbox.poll(POLL_S):
                     kind, payload = self._inbox.recv()
                     if kind == "refused":
@@ -301,9 +295,8 @@ class _Child:
                     if kind == "ready":
                         return True
                     deadline = time.monotonic() + FIRST_STEP_S  # it is loaded, and proves that it can run a row
-            except (EOFError, OSError):
-                self._ended()
-                return False
+        except (EOFError, OSError):
+            self._ended()
         return False
 
     def receive(self, busy: Callable[[], bool]) -> tuple[str, Any] | None:

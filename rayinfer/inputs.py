@@ -158,12 +158,11 @@ class InputProcessor:
             if not isinstance(content, str):
                 raise _bad(f"messages[{number}].content: want a string, got {type(content).__name__}")
         try:
-            text = self._chat.render(messages)
+            return self._text(self._chat.render(messages))
         except RowError:
             raise
         except Exception as error:  # templates raise whatever they like
             raise RowError(ErrorType.TEMPLATE_ERROR, f"chat template: {describe(error, messages)}") from None
-        return self._text(text)
 
     def _tokenize(self, texts: list[str], special: bool) -> Sequence[list[int] | RowError]:
         assert self.tokenizer is not None

@@ -25,15 +25,14 @@ class BlockPool:
     """
 
     def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True):
-        if num_blocks < 2:
-            raise ValueError(f"num_blocks = {num_blocks}: need at least 2, one is reserved for padding")
+        assert num_blocks >= 2, f"num_blocks = {num_blocks}: need at least 2, one is reserved for padding"
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
         self.ref_count = [0] * num_blocks
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks))
         self._known: dict[Key, tuple[int, int]] = {}  # key -> (block, prefix id up to and with this block)
-        self._key_of: list[Key | None] = [None] * num_blocks
+        self._key_of: dict[int, Key] = {}  # block -> key
         self._ids = count(1)
 
     @property
@@ -65,7 +64,7 @@ class BlockPool:
                 self._forget(block)
             if self.ref_count[block] == 0:
                 self._free[block] = None
-                if self._key_of[block] is None:
+                if block not in self._key_of:
                     self._free.move_to_end(block, last=False)
         request.blocks.clear()
         request.num_registered_blocks = request.prefix_id = 0
@@ -97,9 +96,7 @@ class BlockPool:
         request.blocks.extend(blocks)
         request.num_registered_blocks = len(blocks)
         if blocks:
-            key = self._key_of[blocks[-1]]
-            assert key is not None
-            request.prefix_id = self._known[key][1]
+            request.prefix_id = self._known[self._key_of[blocks[-1]]][1]
 
     def register(self, request: Request, num_tokens: int) -> None:
         """Make known the blocks that the row's first `num_tokens` tokens fill.
@@ -122,9 +119,8 @@ class BlockPool:
     def reset_prefix_cache(self) -> None:
         """Forget all content (blocks in use stay in use)."""
         self._known.clear()
-        self._key_of = [None] * self.num_blocks
+        self._key_of.clear()
 
     def _forget(self, block: int) -> None:
-        if (key := self._key_of[block]) is not None:
-            del self._known[key]
-            self._key_of[block] = None
+        if block in self._key_of:
+            del self._known[self._key_of.pop(block)]

@@ -83,10 +83,8 @@ class SamplingParams(BaseModel):
         """Validate what a row carries: None (defaults), a mapping, or a SamplingParams."""
         if isinstance(value, cls):
             return value
-        if value is None:
-            return cls()
         try:
-            return cls.model_validate(dict(value))
+            return cls.model_validate({} if value is None else dict(value))
         except ValidationError as error:
             message = explain_validation(error, cls, "sampling_params")
         except (TypeError, ValueError):

@@ -52,7 +52,6 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.filters |= {"_turns": self._turns, "_weighed": self.weighed}
         self.globals.update(namespace=_Namespace, dict=lambda *args, **kwargs: dict(*args, **kwargs))
         self.globals.pop("lipsum")
-        self.concat: Any = self._concat
 
     def template(self, source: str) -> Template:
         """Compile. Raises jinja2.TemplateSyntaxError, RecursionError."""
@@ -104,7 +103,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             self._spend(0)
             yield item
 
-    def _concat(self, parts: Iterable[str]) -> str:
+    def concat(self, parts: Iterable[str]) -> str:  # type: ignore[override]
         size, kept = 0, []
         for part in parts:
             size += len(part)
@@ -181,8 +180,7 @@ def weigh(value: Any) -> int:
         if isinstance(item, str | bytes):
             size += len(item)
         elif isinstance(item, Mapping):
-            left += item
-            left += item.values()
+            left += [*item, *item.values()]
         elif isinstance(item, _VIEWS):
             left += item
         _refuse_above(size, MAX_SIZE, "characters")

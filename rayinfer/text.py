@@ -28,10 +28,9 @@ def find_stop_string(tokenizer: PreTrainedTokenizerBase, request: Request) -> st
     stops = request.params.stop
     tail = max(len(stop.encode()) for stop in stops) + 8
     ids = request.output_token_ids
-    window = _decode(tokenizer, ids[-tail:], request)
-    if len(ids) > tail and not any(stop in window for stop in stops):
-        return None
-    text = _decode(tokenizer, ids, request) if len(ids) > tail else window
+    text = _decode(tokenizer, ids[-tail:], request)
+    if len(ids) > tail and any(stop in text for stop in stops):
+        text = _decode(tokenizer, ids, request)
     found = [(at, stop) for stop in stops if (at := _find(text, stop, tokenizer, request)) >= 0]
     return min(found)[1] if found else None
 

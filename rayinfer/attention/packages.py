@@ -116,11 +116,10 @@ class FlashInferBackend(PackageBackend):
             pages_R = (lens_R + size - 1) // size
             used_RP = torch.arange(table_RP.shape[1]) < pages_R[:, None]
             wrapper.plan(
-                start_R1 - start_R1[0], F.pad(pages_R.cumsum(0), (1, 0)).int(),
-                table_RP[used_RP.to(table_RP.device)], lens_R - (pages_R - 1) * size, spec.num_heads,
-                spec.num_kv_heads, spec.head_dim, size, causal=True, sm_scale=spec.scale,
-                window_left=(spec.sliding_window or 0) - 1, logits_soft_cap=spec.softcap, q_data_type=q_THD.dtype,
-                seq_lens=lens_R,
+                start_R1 - start_R1[0], F.pad(pages_R.cumsum(0), (1, 0)).int(), table_RP[used_RP.to(table_RP.device)],
+                lens_R - (pages_R - 1) * size, spec.num_heads, spec.num_kv_heads, spec.head_dim, size, causal=True,
+                sm_scale=spec.scale, window_left=(spec.sliding_window or 0) - 1, logits_soft_cap=spec.softcap,
+                q_data_type=q_THD.dtype, seq_lens=lens_R,
             )  # fmt: skip
             tokens = slice(int(start_R1[0]), int(start_R1[-1]))
             self._plans[key] = wrapper, meta, tokens

@@ -32,10 +32,9 @@ class TritonBackend:
         if not 1 <= spec.head_dim <= 256:
             raise ConfigError(f"triton attention: head_dim = {spec.head_dim}: 1 to 256 are allowed{way_out}")
         if spec.num_heads % spec.num_kv_heads or spec.num_heads // spec.num_kv_heads > 64:
-            raise ConfigError(
-                f"triton attention: num_heads = {spec.num_heads}, num_kv_heads = {spec.num_kv_heads}: the first must be"
-                f" a multiple of the second, 64 times at most{way_out}"
-            )
+            heads = f"num_heads = {spec.num_heads}, num_kv_heads = {spec.num_kv_heads}"
+            want = "the first must be a multiple of the second, 64 times at most"
+            raise ConfigError(f"triton attention: {heads}: {want}{way_out}")
         if dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise ConfigError(f"triton attention: dtype = {dtype}: float32, float16 and bfloat16 are allowed{way_out}")
         if block_size < 16 or block_size & (block_size - 1):

@@ -50,23 +50,22 @@ class FusedAttention(nn.Module):
     def __init__(self, attention: Any, gemma: bool):
         super().__init__()
         self.paged: PagedLayer = attention.paged
-        self.gemma = gemma
         self.qkv = Linear.merge([attention.q_proj, attention.k_proj, attention.v_proj])
         self.out = Linear.merge([attention.o_proj])
         self.ops = get_ops(self.out.weight.device)
-        self.norms: dict[str, Any] = {}
+        self.norms: dict[str, Any] = {"gemma": gemma}
         if getattr(attention, "q_norm", None) is not None:
             q_norm = Norm(attention.q_norm, gemma)
-            self.norms = {"q_weight": q_norm.weight, "k_weight": attention.k_norm.weight, "eps": q_norm.eps}
+            self.norms |= {"q_weight": q_norm.weight, "k_weight": attention.k_norm.weight, "eps": q_norm.eps}
 
     def forward(self, x_TC: Tensor, cos_MR: Tensor, sin_MR: Tensor, outputs: StepOutputs | None = None) -> Tensor:
-        paged, spec = self.paged, self.paged.spec
+        paged, spec, meta = self.paged, self.paged.spec, self.paged.state.meta
         q_THD = self.ops.qk_norm_rope_write(
-            self.qkv(x_TC), cos_MR, sin_MR, paged.meta.positions_T, paged.meta.slot_mapping_T, paged.cache.k_NSKD,
+            self.qkv(x_TC), cos_MR, sin_MR, meta.positions_T, meta.slot_mapping_T, paged.cache.k_NSKD,
             paged.cache.v_NSKD, num_heads=spec.num_heads, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim,
-            gemma=self.gemma, **self.norms,
+            **self.norms,
         )  # fmt: skip
-        wanted = (q_THD, paged.meta) if outputs is None else (q_THD[outputs.index_L], outputs.meta)
+        wanted = (q_THD, meta) if outputs is None else (q_THD[outputs.index_L], outputs.meta)
         return paged.attend(*wanted).flatten(1)
 
 
@@ -93,13 +92,10 @@ class FusedLayer(nn.Module):
         self.attention = FusedAttention(layer.self_attn, gemma)
         self.mlp = FusedMLP(layer.mlp, kind)
         self.pre_attention = Norm(layer.input_layernorm, gemma)
-        self.post_attention = self.post_mlp = None
-        if hasattr(layer, "pre_feedforward_layernorm"):
-            self.post_attention = Norm(layer.post_attention_layernorm, gemma)
-            self.pre_mlp = Norm(layer.pre_feedforward_layernorm, gemma)
-            self.post_mlp = Norm(layer.post_feedforward_layernorm, gemma)
-        else:
-            self.pre_mlp = Norm(layer.post_attention_layernorm, gemma)
+        four = hasattr(layer, "pre_feedforward_layernorm")  # norms: before and behind each block
+        self.post_attention = Norm(layer.post_attention_layernorm, gemma) if four else None
+        self.pre_mlp = Norm(layer.pre_feedforward_layernorm if four else layer.post_attention_layernorm, gemma)
+        self.post_mlp = Norm(layer.post_feedforward_layernorm, gemma) if four else None
 
     def forward(
         self, x_TC: Tensor | None, stream_TC: Tensor, cos_MR: Tensor, sin_MR: Tensor, outputs: StepOutputs | None = None
@@ -162,7 +158,7 @@ class FusedDecoder(nn.Module):
         With `StepMeta.outputs`, [1, L, C]: nothing reads what the last layer makes of the other tokens but their KV.
         """
         stream_TC = self.embed_tokens(input_ids[0]) if inputs_embeds is None else inputs_embeds[0].clone()  # type: ignore[index]
-        x_TC, outputs = None, [None] * (len(self.layers) - 1) + [self._paged.meta.outputs]
+        x_TC, outputs = None, [None] * (len(self.layers) - 1) + [self._paged.state.meta.outputs]
         for layer, table, wanted in zip(self.layers, self._tables, outputs, strict=True):
             x_TC, stream_TC = layer(x_TC, stream_TC, *table, wanted)
         return BaseModelOutputWithPast(last_hidden_state=self.norm.add(x_TC, stream_TC)[0][None])
@@ -193,7 +189,6 @@ def fuse(module: nn.Module, num_positions: int) -> bool:
         linears = [part for part in base.layers.modules() if isinstance(part, nn.Linear)]  # type: ignore[union-attr]
         if kind is None or any(type(linear) is not nn.Linear for linear in linears):
             return False
-        parent, _, name = path.rpartition(".")
-        setattr(module.get_submodule(parent), name, FusedDecoder(base, gemma, kind, num_positions))
+        module.set_submodule(path, FusedDecoder(base, gemma, kind, num_positions))
         return True
     return False

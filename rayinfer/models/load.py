@@ -79,16 +79,12 @@ def _fix_order(config: EngineConfig, module: nn.Module, device: torch.device, fu
     if names == {"torch"} and device.type == "cpu":
         return False
     if names != {"triton"}:
-        raise ConfigError(
-            "deterministic = True: prefill_backend and decode_backend must both be 'triton' (or, on a CPU, 'torch'); "
-            "leave them at 'auto'"
-        )
+        want = "prefill_backend and decode_backend must both be 'triton' (or, on a CPU, 'torch'); leave them at 'auto'"
+        raise ConfigError(f"deterministic = True: {want}")
     head: Any = module.get_output_embeddings()  # type: ignore[operator]
     if not fused or type(head) is not nn.Linear:
-        raise ConfigError(
-            f"deterministic = True: {type(module).__name__} does not run on kernels of a fixed order of sums; on a GPU "
-            f"want fuse=True and one of {', '.join(FUSED)}"
-        )
+        reason = f"{type(module).__name__} does not run on kernels of a fixed order of sums"
+        raise ConfigError(f"deterministic = True: {reason}; on a GPU want fuse=True and one of {', '.join(FUSED)}")
     module.set_output_embeddings(Linear.merge([head]))  # type: ignore[operator]
     for part in module.modules():
         if isinstance(part, Linear):
@@ -146,10 +142,8 @@ def _read_config(config: EngineConfig, source: Source) -> PreTrainedConfig:
     except Exception as error:  # transformers, the hub and parsers raise what they like; the text is what helps
         reason = str(error).strip().split("\n")[0]
         if "trust_remote_code" in str(error):
-            raise ConfigError(
-                f"model = {config.model!r}: needs Python code from its own folder; read that code, then set "
-                "trust_remote_code=True"
-            ) from None
+            way_out = "read that code, then set trust_remote_code=True"
+            raise ConfigError(f"model = {config.model!r}: needs Python code from its own folder; {way_out}") from None
         kind = UnsupportedModelError if "architecture" in str(error) else ConfigError
         broken = "its header cannot be read, or the file is cut short"
         what = broken if source.gguf_file else "its config cannot be read"
@@ -207,19 +201,15 @@ def _max_model_len(config: EngineConfig, text: PreTrainedConfig, architecture: s
     if wanted is None:
         raise ConfigError(f"max_model_len: {architecture} names no limit of its own; set max_model_len")
     if limit is not None and wanted > limit:
-        raise ConfigError(
-            f"max_model_len = {wanted}: {config.model!r} takes {limit} tokens at most (to stretch it, "
-            "override max_position_embeddings and rope_parameters with hf_overrides)"
-        )
+        way_out = "to stretch it, override max_position_embeddings and rope_parameters with hf_overrides"
+        raise ConfigError(f"max_model_len = {wanted}: {config.model!r} takes {limit} tokens at most ({way_out})")
     rope = getattr(text, "rope_parameters", None) or {}
     for values in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
-        if values.get("rope_type") in DYNAMIC_ROPE:
-            static = values.get("original_max_position_embeddings") or limit or 0
-            if wanted > static:
-                raise UnsupportedModelError(
-                    f"rope_type {values['rope_type']!r} changes with the length of a sequence beyond {static} tokens, "
-                    f"which is not supported; set max_model_len={static} or less (now {wanted})"
-                )
+        static = values.get("original_max_position_embeddings") or limit or 0
+        if values.get("rope_type") in DYNAMIC_ROPE and wanted > static:
+            reason = f"changes with the length of a sequence beyond {static} tokens, which is not supported"
+            way_out = f"set max_model_len={static} or less (now {wanted})"
+            raise UnsupportedModelError(f"rope_type {values['rope_type']!r} {reason}; {way_out}")
     return wanted
 
 
@@ -240,9 +230,8 @@ def _dtype(config: EngineConfig, text: PreTrainedConfig) -> torch.dtype:
 
 
 def _from_config(config: EngineConfig, hf_config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:
-    return AutoModelForCausalLM.from_config(
-        hf_config, dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=config.trust_remote_code
-    )
+    code = {"trust_remote_code": config.trust_remote_code}
+    return AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation=ATTENTION, **code)
 
 
 def _pretrained(
@@ -252,9 +241,8 @@ def _pretrained(
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)] if weights else AutoModelForCausalLM
     try:
         module, report = kind.from_pretrained(
-            None if weights else source.path, config=hf_config, dtype=dtype,
-            device_map=None if device.type == "cpu" else {"": device}, attn_implementation=ATTENTION,
-            trust_remote_code=config.trust_remote_code,
+            None if weights else source.path, config=hf_config, dtype=dtype, attn_implementation=ATTENTION,
+            device_map=None if device.type == "cpu" else {"": device}, trust_remote_code=config.trust_remote_code,
             use_safetensors=None if source.gguf_file else config.load_format != "pt", weights_only=True,
             output_loading_info=True, **({"state_dict": weights} if weights else source.hub_kwargs()),
         )  # fmt: skip
@@ -264,10 +252,8 @@ def _pretrained(
         raise ConfigError(f"model = {config.model!r}: cannot be loaded: {error}") from error
     weights.clear()  # or what is merged and freed below would live on there
     if names := sorted(map(str, report["missing_keys"] or report["mismatched_keys"])):
-        raise ConfigError(
-            f"model = {config.model!r}: its weights do not fit {type(module).__name__}: {len(names)} tensors are "
-            f"missing or of another shape, {names[0]} first"
-        )
+        reason = f"{len(names)} tensors are missing or of another shape, {names[0]} first"
+        raise ConfigError(f"model = {config.model!r}: its weights do not fit {type(module).__name__}: {reason}")
     return module
 
 

@@ -84,11 +84,9 @@ class Model:
         for token in meta.positions_T[: len(row_T)].argsort().tolist():
             at, row, length = slice(token, token + 1), row_T[token], int(meta.positions_T[token]) + 1
             one = StepMeta(
-                positions_T=meta.positions_T[at], slot_mapping_T=meta.slot_mapping_T[at],
-                block_table_RP=meta.block_table_RP[row : row + 1],
-                seq_lens_R=torch.tensor([length], dtype=torch.int32),
-                query_start_R1=torch.tensor([0, 1], dtype=torch.int32), num_decodes=1, max_seq_len=length,
-                max_query_len=1,
+                positions_T=meta.positions_T[at], slot_mapping_T=meta.slot_mapping_T[at], num_decodes=1,
+                block_table_RP=meta.block_table_RP[row : row + 1], seq_lens_R=torch.tensor([length], dtype=torch.int32),
+                query_start_R1=torch.tensor([0, 1], dtype=torch.int32), max_seq_len=length, max_query_len=1,
             )  # fmt: skip
             logits[token] = self._forward(input_ids_T[at], one, None if token in wanted else none)
         return torch.cat([logits[token] for token in wanted] or [logits[0][:0]])
@@ -98,9 +96,6 @@ class Model:
         if self.fused and meta.outputs is not None:
             logits_index_L = None  # the last layer has left the others out
         kwargs: dict[str, Any] = {"position_ids": meta.positions_T[None], "use_cache": False}
-        if logits_index_L is not None and self._slices_logits:
-            kwargs["logits_to_keep"] = logits_index_L
-        logits_LV = self.module(input_ids=input_ids_T[None], **kwargs).logits[0]
-        if logits_index_L is not None and not self._slices_logits:
-            logits_LV = logits_LV[logits_index_L]
-        return logits_LV
+        keep = {"logits_to_keep": logits_index_L} if self._slices_logits and logits_index_L is not None else {}
+        logits_LV = self.module(input_ids=input_ids_T[None], **kwargs, **keep).logits[0]
+        return logits_LV if keep or logits_index_L is None else logits_LV[logits_index_L]

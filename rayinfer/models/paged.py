@@ -42,10 +42,6 @@ class PagedLayer:
         self.spec = state.specs[layer]
 
     @property
-    def meta(self) -> StepMeta:
-        return self.state.meta
-
-    @property
     def cache(self) -> LayerCache:
         return self.state.caches[self.spec.layer]
 
@@ -61,8 +57,8 @@ class PagedLayer:
     def __call__(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
         """transformers' layout: query [1, H, T, D], key and value [1, K, T, D]; returns [1, T, H, D]."""
         q_THD, k_TKD, v_TKD = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-        self.state.prefill.write(k_TKD, v_TKD, self.cache, self.meta)
-        return self.attend(q_THD, self.meta)[None]
+        self.state.prefill.write(k_TKD, v_TKD, self.cache, self.state.meta)
+        return self.attend(q_THD, self.state.meta)[None]
 
 
 class _Recorder:
@@ -84,10 +80,9 @@ class _Recorder:
         if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
             raise UnsupportedModelError(f"{name} is not causal; {WAY_OUT}")
         if key.shape != value.shape or key.shape[-1] != query.shape[-1]:
-            raise UnsupportedModelError(
-                f"{name} has heads of different sizes: query {query.shape[-1]}, key {key.shape[-1]}, value "
-                f"{value.shape[-1]} (multi-head latent attention, perhaps), which is not supported"
-            )
+            sizes = f"query {query.shape[-1]}, key {key.shape[-1]}, value {value.shape[-1]}"
+            reason = f"has heads of different sizes: {sizes} (multi-head latent attention, perhaps)"
+            raise UnsupportedModelError(f"{name} {reason}, which is not supported")
         if key.shape[-2] != query.shape[-2]:
             raise UnsupportedModelError(f"{name} attends to other tokens than its own; {WAY_OUT}")
         if any(module is other for other, _ in self.calls):
@@ -173,13 +168,9 @@ def check_config(name: str, text: Any) -> None:
 def _check_specs(name: str, text: Any, specs: list[LayerSpec]) -> None:
     """Compare the attention that was seen with what the config promises."""
     if len(specs) != text.num_hidden_layers:
-        raise UnsupportedModelError(
-            f"{name}: {len(specs)} of {text.num_hidden_layers} layers route their attention through transformers' "
-            f"AttentionInterface; {WAY_OUT}"
-        )
+        reason = "route their attention through transformers' AttentionInterface"
+        raise UnsupportedModelError(f"{name}: {len(specs)} of {text.num_hidden_layers} layers {reason}; {WAY_OUT}")
     for spec, kind in zip(specs, getattr(text, "layer_types", None) or (), strict=False):
         if (kind == "sliding_attention") != (spec.sliding_window is not None):
-            raise UnsupportedModelError(
-                f"{name}: layer {spec.layer} is {kind} by its config, but asks its attention for "
-                f"sliding_window={spec.sliding_window}, which is not supported"
-            )
+            reason = f"is {kind} by its config, but asks its attention for sliding_window={spec.sliding_window}"
+            raise UnsupportedModelError(f"{name}: layer {spec.layer} {reason}, which is not supported")

@@ -128,10 +128,9 @@ def _check_shards(folder: Path, index: str) -> None:
         raise ConfigError(f"model file {folder / index} cannot be read: {error!r}; download it again") from None
     names = sorted(set(weight_map.values()))
     if missing := [name for name in names if not (folder / name).is_file()]:
-        raise ConfigError(
-            f"model = {str(folder)!r}: {len(missing)} of {len(names)} weight files that {index} names are missing: "
-            f"{', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}"
-        )
+        reason = f"{len(missing)} of {len(names)} weight files that {index} names are missing"
+        shown = f"{', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}"
+        raise ConfigError(f"model = {str(folder)!r}: {reason}: {shown}")
     for name in names:
         _check_shard(folder / name, [tensor for tensor, shard in weight_map.items() if shard == name], index)
 

@@ -63,8 +63,7 @@ def _top_ids(logits_RV: torch.Tensor, num_top: int) -> torch.Tensor:
         return torch.zeros(len(logits_RV), 0, dtype=torch.int64, device=logits_RV.device)
     bits_RV = logits_RV.view(torch.int32).long()
     order_RV = torch.where(bits_RV < 0, -(2**31) - bits_RV, bits_RV)  # integers in the order of the floats
-    id_V = torch.arange(logits_RV.shape[1], device=logits_RV.device)
-    key_RV = order_RV * 2**32 + (2**32 - 1 - id_V)
+    key_RV = order_RV * 2**32 + (2**32 - 1 - torch.arange(logits_RV.shape[1], device=logits_RV.device))
     return 2**32 - 1 - key_RV.topk(num_top, -1).values % 2**32
 
 
