@@ -89,7 +89,7 @@ def _check_table(table: Table, log: CommitLog, key_column: str, wrong: list[str]
     return f"{len(names):,} parts, {digest.count:,} keys"
 
 
-def _part_keys(store: Store, part: Part, key_column: str, bad: dict[str, str]) -> list[str]:
+def _part_keys(store: Store, part: Part, key_column: str, bad: dict[str, str]) -> list[str | None]:
     """A part's keys. What is wrong with it, compared with what the log says, is noted in `bad` under its name."""
     keys, errors, problem = [], Counter[str](), ""
     try:
@@ -110,11 +110,12 @@ def _part_keys(store: Store, part: Part, key_column: str, bad: dict[str, str]) -
     return keys
 
 
-def _read(store: Store, name: str, data: bytes, key_column: str) -> Iterator[tuple[list[str], list[str]]]:
+def _read(store: Store, name: str, data: bytes, key_column: str) -> Iterator[tuple[list[str | None], list[str]]]:
     """Keys and error types of a part, some rows at a time."""
     if name.endswith(".parquet"):
         table = pq.read_table(io.BytesIO(data), columns=[key_column, "error_type"])
         yield table[key_column].cast(pa.string()).to_pylist(), table["error_type"].drop_null().to_pylist()
         return
     for columns, _ in read_chunks(store.fs, f"{store.folder}/{name}", name.rpartition(".")[2], CHUNK_ROWS):
-        yield [str(key) for key in columns[key_column]], [value for value in columns["error_type"] if value]
+        keys = [None if key in (None, "") else str(key) for key in columns[key_column]]  # null is empty in CSV
+        yield keys, [value for value in columns["error_type"] if value]
