@@ -149,9 +149,8 @@ class CommitLog:
         return f"{self.folder}/{number:08d}.json"
 
     def _append(self, kind: str, add: Iterable[Part] = (), remove: Iterable[str] = ()) -> None:
-        at = datetime.now(UTC).isoformat(timespec="seconds")
-        entry = {"kind": kind, "driver": self._driver, "number": self.length, "at": at}
-        entry |= {"add": [asdict(part) for part in add], "remove": list(remove)}
+        entry: dict[str, Any] = {"kind": kind, "driver": self._driver, "number": self.length, "remove": list(remove)}
+        entry |= {"at": datetime.now(UTC).isoformat(timespec="seconds"), "add": [asdict(part) for part in add]}
         if not claim(self.store, self._name(self.length), json.dumps(entry).encode()):
             self._taken()
         self._apply(entry)

@@ -52,9 +52,11 @@ class Plan:
     log: CommitLog | None  # of the same job's earlier runs; None: it begins
     marker: dict[str, Any] | None  # of the success that the log tells of
     table: Table | None = None  # that follows the log; None: the sink is files alone
+    overwrite: bool = False  # another job's output
+    replay: bool = False  # the failed rows of a job that is complete
 
 
-def prepare(spec: JobSpec, *, overwrite: bool = False) -> Plan:
+def prepare(spec: JobSpec, *, overwrite: bool = False, replay: bool = False) -> Plan:
     """Check the whole job on the driver.
 
     Raises:
@@ -67,6 +69,8 @@ def prepare(spec: JobSpec, *, overwrite: bool = False) -> Plan:
     job = None if overwrite else read_job(store)
     log = marker = None
     if job is None:
+        if replay:
+            raise ConfigError(f"sink.uri = {spec.sink.uri!r}: no job's output, so no failed rows to run again")
         census = take_census(spec.source, listing)
     else:
         if (old := job["fingerprint"].get("format")) in FORMATS:
@@ -89,7 +93,8 @@ def prepare(spec: JobSpec, *, overwrite: bool = False) -> Plan:
             tokenizer = load_tokenizer(on_cpu)
             if tokenizer is None or not tokenizer.chat_template:
                 raise ConfigError(f"messages: model {spec.model.model!r} has no chat template; write `prompt` instead")
-    return Plan(spec, store, same, census, schema, log, marker, table)
+    replay = replay and marker is not None  # else the rows of an earlier replay are still to do
+    return Plan(spec, store, same, census, schema, log, marker, table, overwrite, replay)
 
 
 def read_marker(store: Store, log: CommitLog) -> dict[str, Any] | None:
@@ -135,11 +140,8 @@ def run_job(
     """
     console = console or Console()
     times = _Times()
-    plan = prepare(spec, overwrite=overwrite)
-    if replay and plan.log is None:
-        raise ConfigError(f"sink.uri = {spec.sink.uri!r}: no job's output, so no failed rows to run again")
-    replay = replay and plan.marker is not None  # else the rows of an earlier replay are still to do
-    if plan.marker is not None and not (replay and plan.marker["num_failed"]):
+    plan = prepare(spec, overwrite=overwrite, replay=replay)
+    if plan.marker is not None and not (plan.replay and plan.marker["num_failed"]):
         times.enter("end")
         return JobResult.of_marker(plan.marker, times.seconds)
     result = JobResult(output=bare_uri(spec.sink.uri), num_rows_in=plan.census.num_rows, seconds=times.seconds)
@@ -152,7 +154,7 @@ def run_job(
         lease = Lease(plan.store)
         lease.check()
         with lease:
-            log = _work(plan, result, times, console, overwrite=overwrite, replay=replay, cluster=(address, verbose))
+            log = _work(plan, result, times, console, (address, verbose))
             _finish(plan, log, result, times)
     except KeyboardInterrupt:
         result.status, result.reason = "interrupted", "stopped before all rows were done"
@@ -167,23 +169,20 @@ def run_job(
     return result
 
 
-def _work(
-    plan: Plan, result: JobResult, times: _Times, console: Console, *, overwrite: bool, replay: bool,
-    cluster: tuple[str | None, bool],
-) -> CommitLog:  # fmt: skip
+def _work(plan: Plan, result: JobResult, times: _Times, console: Console, cluster: tuple[Any, bool]) -> CommitLog:
     """Compute and commit what is missing; returns the log."""
     log = plan.log
-    if log is not None and not (log.num_missing or replay):
-        return _take_over(plan, overwrite)  # only the end of an earlier run is left to do
-    with Progress(console, plan.census.num_rows, result.num_ok if replay else result.num_rows_out) as progress:
+    if log is not None and not (log.num_missing or plan.replay):
+        return _take_over(plan)  # only the end of an earlier run is left to do
+    with Progress(console, plan.census.num_rows, result.num_ok if plan.replay else result.num_rows_out) as progress:
         times.enter("start")
         progress.phase("starting Ray")
         with _ray(*cluster), _board(times) as (board, poll):
             progress.phase("loading the model", poll)
             checked = [_dataset(plan, board, log)]  # for the first round; refuses before anything is removed
-            log = _take_over(plan, overwrite)
+            log = _take_over(plan)
             times.enter("load")
-            if replay:
+            if plan.replay:
                 _take_failed_out(plan, log)
                 checked.clear()
             result.begin(log)
@@ -212,10 +211,10 @@ def _work(
     return log
 
 
-def _take_over(plan: Plan, overwrite: bool) -> CommitLog:
+def _take_over(plan: Plan) -> CommitLog:
     """Become the only driver of the output, and remove what earlier ones left half done."""
     store, log = plan.store, plan.log
-    if overwrite:
+    if plan.overwrite:
         nameless = [name for name in store.sizes() if name.startswith(PART_PREFIX) and not part_ids([name])]
         store.remove([MARKER, JOB, *nameless])
     job = claim_job(store, plan.spec, plan.fingerprint, plan.census)

@@ -363,9 +363,8 @@ class ReadUnits:
         fs, _ = fsspec.core.url_to_fs(self.spec.uri)
         at = 0  # rows of the unit that were read
         wanted = unpack_rows(unit.wanted) - unit.first_number if unit.wanted else None
-        parquet = self.format == "parquet"
-        chunks = self._parquet(fs, unit) if parquet else read_chunks(fs, unit.file, self.format, CHUNK_ROWS)
-        for columns, errors in chunks:
+        text = read_chunks(fs, unit.file, self.format, CHUNK_ROWS)  # which opens nothing before it is asked
+        for columns, errors in self._parquet(fs, unit) if self.format == "parquet" else text:
             end = min(at + len(errors), unit.num_rows)
             kept = np.arange(at, end) if wanted is None else wanted[slice(*np.searchsorted(wanted, [at, end]))]
             if len(kept):
