@@ -43,10 +43,6 @@ class KeyDigest:
     def hex(self) -> str:
         return f"{self.total:032x}"
 
-    @classmethod
-    def of(cls, count: int, hex: str) -> KeyDigest:
-        return cls(count, int(hex, 16))
-
 
 def find_duplicate(batches: Callable[[], Iterator[list[str | None]]], digest: KeyDigest) -> str | None:
     """Return a key that is there more than once, or None; adds every key to `digest`. Any number of keys may be None.

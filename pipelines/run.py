@@ -138,8 +138,7 @@ def run_job(
     Raises:
         ConfigError: the job was refused; nothing was started.
     """
-    console = console or Console()
-    times = _Times()
+    console, times = console or Console(), _Times()
     plan = prepare(spec, overwrite=overwrite, replay=replay)
     if plan.marker is not None and not (plan.replay and plan.marker["num_failed"]):
         times.enter("end")

@@ -115,7 +115,7 @@ class Census:
     @classmethod
     def unpack(cls, spec: SourceSpec, packed: dict[str, Any]) -> Self:
         schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(packed["schema"])))
-        digest = KeyDigest.of(packed["num_rows"], packed["keys"])
+        digest = KeyDigest(packed["num_rows"], int(packed["keys"], 16))
         units = _numbered(Unit(*fields) for fields in packed["units"])
         return cls(spec, packed["format"], schema, units, packed["num_files"], packed["num_skipped_files"], digest)
 
@@ -206,8 +206,7 @@ def table_library(place: str, format: str) -> Any:
     try:
         return importlib.import_module(f"rayinfer.pipelines.{format}")
     except ImportError as error:
-        how = f"pip install 'rayinfer[{format}]'"
-        raise ConfigError(f"{place}.format = {format!r}: {error.name} is not installed: {how}") from None
+        raise ConfigError(f"{place}.format: {error.name} is not installed: pip install 'rayinfer[{format}]'") from None
 
 
 def _relative(file: str, root: str) -> str:

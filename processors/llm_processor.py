@@ -79,8 +79,7 @@ class LLMProcessor:
         engine: EngineProcess | None = None, **engine_kwargs: Any,
     ):  # fmt: skip
         self._drain = DrainWatch()
-        self._defaults = sampling_defaults(sampling_params)
-        self._on_error = on_error
+        self._defaults, self._on_error = sampling_defaults(sampling_params), on_error
         self._asked = [name for name in col.WHEN_ASKED if self._defaults.get(name) is not None]
         self._config = EngineConfig.parse(model=model, **engine_kwargs)
         self._template = chat_template, chat_template_kwargs

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from rayinfer.config import EngineConfig
-from rayinfer.errors import ConfigError, ErrorType, RowError
+from rayinfer.errors import ConfigError, ErrorType, RowError, choices
 from rayinfer.request import EncodedRow, RequestOutput, failed_output
 from rayinfer.sampling import SamplingParams
 from rayinfer.start import start_engine
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Prompt = str | Mapping[str, Any]
 Params = SamplingParams | Sequence[SamplingParams] | None
+_KEYS = ("prompt", "prompt_token_ids", "messages", "sampling_params")
 
 
 class LLM:
@@ -46,7 +47,8 @@ class LLM:
         """Generate for each prompt; results are in the order of the prompts.
 
         Args:
-            prompts: a string, a mapping with `prompt` or `prompt_token_ids`, or a sequence of these.
+            prompts: a string, a mapping with `prompt` or `prompt_token_ids`, or a sequence of these. A mapping with
+                another key that is not None, such as `multi_modal_data`, is a failed prompt.
             sampling_params: one for all prompts, or one each.
             on_error: "record" gives a failed prompt an output with `error_type`; "raise" raises its RowError.
         """
@@ -88,6 +90,9 @@ class LLM:
         for index, encoded in encoded_rows:
             request_id = f"{self._num_calls}-{index}"
             try:
+                if unknown := [str(key) for key, it in rows[index].items() if key not in _KEYS and it is not None]:
+                    text = f"unknown key {unknown[0][:60]!r}{choices(unknown[0], _KEYS, 'Allowed keys')}"
+                    raise RowError(ErrorType.INVALID_PROMPT, text)
                 if isinstance(encoded, RowError):
                     raise encoded
                 self.engine.add(request_id, encoded)
