@@ -60,12 +60,10 @@ def replay(
 ) -> None:  # fmt: skip
     """Run the failed rows of a complete job again. Exit codes: as of `run`."""
 
-    def load() -> Any:
-        from rayinfer.pipelines.identity import recall_job
+    from rayinfer.pipelines.identity import recall_job
 
-        return recall_job(output) if job is None else _job_of(output, job)
-
-    _execute(load, strict, json_file, {"replay": True, "address": address, "verbose": verbose})
+    options = {"replay": True, "address": address, "verbose": verbose}
+    _execute(lambda: _job_of(output, job) if job else recall_job(output), strict, json_file, options)
 
 
 @app.command()

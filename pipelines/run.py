@@ -172,14 +172,14 @@ def _work(plan: Plan, result: JobResult, times: _Times, console: Console, cluste
     """Compute and commit what is missing; returns the log."""
     log = plan.log
     if log is not None and not (log.num_missing or plan.replay):
-        return _take_over(plan)  # only the end of an earlier run is left to do
+        return _take_over(plan, plan.overwrite)  # only the end of an earlier run is left to do
     with Progress(console, plan.census.num_rows, result.num_ok if plan.replay else result.num_rows_out) as progress:
         times.enter("start")
         progress.phase("starting Ray")
         with _ray(*cluster), _board(times) as (board, poll):
             progress.phase("loading the model", poll)
             checked = [_dataset(plan, board, log)]  # for the first round; refuses before anything is removed
-            log = _take_over(plan)
+            log = _take_over(plan, plan.overwrite)
             times.enter("load")
             if plan.replay:
                 _take_failed_out(plan, log)
@@ -210,10 +210,10 @@ def _work(plan: Plan, result: JobResult, times: _Times, console: Console, cluste
     return log
 
 
-def _take_over(plan: Plan) -> CommitLog:
+def _take_over(plan: Plan, overwrite: bool) -> CommitLog:
     """Become the only driver of the output, and remove what earlier ones left half done."""
     store, log = plan.store, plan.log
-    if plan.overwrite:
+    if overwrite:
         nameless = [name for name in store.sizes() if name.startswith(PART_PREFIX) and not part_ids([name])]
         store.remove([MARKER, JOB, *nameless])
     job = claim_job(store, plan.spec, plan.fingerprint, plan.census)
@@ -378,6 +378,7 @@ def _intro(plan: Plan) -> str:
     files = f"{census.num_files:,} file{'s' * (census.num_files != 1)}"
     source = f"{census.num_rows:,} rows from {files} ({census.format}{left_out})"
     done = f"\ngoing on: {plan.log.done.count:,} rows are done" if plan.log and plan.log.done.count else ""
+    done += f", {plan.marker['num_failed']:,} of them failed: these run again" if plan.replay and plan.marker else ""
     return f"{source}: {bare_uri(census.spec.uri)}\nmodel: {plan.spec.model.model}{done}"
 
 
