@@ -386,5 +386,7 @@ def _cause(error: BaseException) -> str:
     """The innermost cause of a failed Ray task, without Ray's frames."""
     while isinstance(inner := getattr(error, "cause", None) or error.__cause__, BaseException):
         error = inner
-    text = bare_uri(str(error).strip() or repr(error))
+    text = bare_uri(str(error).strip() or repr(error)).partition("\nFailed to apply UDF")[0]  # what follows is Ray's
+    if isinstance(error, RowError):
+        text += "; on_error: record keeps such a row as failed; or change the row or the job, and give --overwrite"
     return text if isinstance(error, ConfigError | RowError) else f"{type(error).__name__}: {text.splitlines()[-1]}"

@@ -150,7 +150,12 @@ def test_on_error_raise_stops_and_names_the_row(tmp_path, local_ray, job):
     assert "bad-one" in result.reason
     assert "TEMPLATE_ERROR" in result.reason
     assert "Traceback" not in result.reason
+    assert len(result.reason.splitlines()) == 1  # no advice of Ray's
+    assert "on_error: record keeps such a row" in result.reason
+    assert "--overwrite" in result.reason  # so nobody is told to type the same again, see test_cli.py
     assert not (tmp_path / "out" / MARKER).exists()
+    result, _ = run(job(source, on_error="record"))  # as it says: the same job goes on
+    assert (result.status, result.num_ok, result.num_failed) == ("complete", 1, 1), result.reason
 
 
 def test_overwrite_replaces_the_earlier_table(tmp_path, local_ray, job, table):
