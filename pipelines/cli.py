@@ -19,10 +19,7 @@ from rayinfer.pipelines.progress import facts_grid
 
 INCOMPLETE, REFUSED, FAILED_ROWS, INTERRUPTED = 1, 2, 3, 130
 
-app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-    help="Run an LLM over every row of a table, through Ray Data.",
-)  # fmt: skip
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
 _Strict = Annotated[bool, typer.Option("--strict", help="Exit with 3 if any row failed.")]
@@ -31,6 +28,11 @@ _Address = Annotated[str | None, typer.Option(help="Ray cluster; default: one of
 _Verbose = Annotated[bool, typer.Option("--verbose", help="Show Ray's logs, and the trace of what went wrong.")]
 _JobFile = Annotated[Path | None, typer.Option("--job", help="Job file, if it holds what no log may keep.")]
 _Output = Annotated[str, typer.Argument(help="Folder that a job wrote; any fsspec URI.")]
+
+
+@app.callback()
+def _about() -> None:
+    """Run an LLM over every row of a table, through Ray Data."""
 
 
 @app.command()
@@ -58,12 +60,10 @@ def replay(
 ) -> None:  # fmt: skip
     """Run the failed rows of a complete job again. Exit codes: as of `run`."""
 
-    def load() -> Any:
-        from rayinfer.pipelines.identity import recall_job
+    from rayinfer.pipelines.identity import recall_job
 
-        return recall_job(output) if job is None else _job_of(output, job)
-
-    _execute(load, strict, json_file, {"replay": True, "address": address, "verbose": verbose})
+    options = {"replay": True, "address": address, "verbose": verbose}
+    _execute(lambda: _job_of(output, job) if job else recall_job(output), strict, json_file, options)
 
 
 @app.command()

@@ -173,8 +173,7 @@ class _Pump:
     """Iterates in a thread, a few blocks ahead, so that time can pass while no block comes."""
 
     def __init__(self, blocks: Generator[Block, None, None]):
-        self.ended = False
-        self._blocks, self._stop = blocks, False
+        self.ended, self._blocks, self._stop = False, blocks, False
         self._queue: queue.Queue[Block | BaseException | None] = queue.Queue(2 * MAX_WRITES)
         self._thread = threading.Thread(target=self._run, name="rayinfer-blocks", daemon=True)
 

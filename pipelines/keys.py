@@ -21,15 +21,16 @@ _MAX_REPEATED = 1000  # so many collisions of 64 bits do not happen: one of them
 class KeyDigest:
     """Count and sum (mod 2^128) of the 128-bit BLAKE2b hashes of keys: equal for equal multisets of keys.
 
+    A row whose line could not be read has no id: its key is None, which counts as an empty one, as CSV writes it.
     Digests of parts add up to the digest of the whole, so workers compute them and the driver only adds.
     """
 
     count: int = 0
     total: int = 0
 
-    def add(self, keys: Iterable[str]) -> np.ndarray:
+    def add(self, keys: Iterable[str | None]) -> np.ndarray:
         """Add keys and return the low 64 bits of their hashes (uint64, one a key)."""
-        hashes = b"".join(hashlib.blake2b(key.encode(), digest_size=16).digest() for key in keys)
+        hashes = b"".join(hashlib.blake2b((key or "").encode(), digest_size=16).digest() for key in keys)
         words = np.frombuffer(hashes, dtype="<u4").reshape(-1, 4)  # their sum in uint64 is exact below 2^32 keys a call
         sums = words.sum(axis=0, dtype=np.uint64).tolist()
         self.merge(KeyDigest(len(words), sum(word << (32 * i) for i, word in enumerate(sums))))
@@ -42,13 +43,9 @@ class KeyDigest:
     def hex(self) -> str:
         return f"{self.total:032x}"
 
-    @classmethod
-    def of(cls, count: int, hex: str) -> KeyDigest:
-        return cls(count, int(hex, 16))
 
-
-def find_duplicate(batches: Callable[[], Iterator[list[str]]], digest: KeyDigest) -> str | None:
-    """Return a key that is there more than once, or None; adds every key to `digest`.
+def find_duplicate(batches: Callable[[], Iterator[list[str | None]]], digest: KeyDigest) -> str | None:
+    """Return a key that is there more than once, or None; adds every key to `digest`. Any number of keys may be None.
 
     Args:
         batches: gives the same keys at each call; a second pass is made only to tell a duplicate from a hash collision.
@@ -60,7 +57,8 @@ def find_duplicate(batches: Callable[[], Iterator[list[str]]], digest: KeyDigest
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(_NUM_PARTITIONS)]
         for keys in batches():
-            hashes = np.sort(digest.add(keys))
+            digest.add(key for key in keys if key is None)
+            hashes = np.sort(digest.add(key for key in keys if key is not None))
             firsts = np.arange(_NUM_PARTITIONS, dtype=np.uint64) * np.uint64(2**64 // _NUM_PARTITIONS)
             for file, some in zip(files, np.split(hashes, np.searchsorted(hashes, firsts)[1:]), strict=True):
                 file.write(some.tobytes())
@@ -72,7 +70,7 @@ def find_duplicate(batches: Callable[[], Iterator[list[str]]], digest: KeyDigest
     seen = set()
     for keys in batches() if doubtful else ():
         for key, low in zip(keys, KeyDigest().add(keys).tolist(), strict=True):
-            if low in doubtful:
+            if low in doubtful and key is not None:
                 if key in seen:
                     return key
                 seen.add(key)

@@ -71,8 +71,7 @@ class CommitLog:
         self.folder = f"{META}/log-{job_id}"
         self.done = RowSet(num_rows)
         self.parts: dict[str, Part] = {}
-        self.length = self.num_replays = 0
-        self.epoch = -1
+        self.length, self.num_replays, self.epoch = 0, 0, -1
         self._driver = uuid.uuid4().hex
 
     def load(self) -> None:
@@ -101,7 +100,7 @@ class CommitLog:
         """Of the keys of all rows that are done."""
         total = KeyDigest()
         for part in self.parts.values():
-            total.merge(KeyDigest.of(part.num_rows, part.keys))
+            total.merge(KeyDigest(part.num_rows, int(part.keys, 16)))
         return total
 
     def start(self) -> None:
@@ -141,17 +140,12 @@ class CommitLog:
         others = filter(None, (_PART_NAME.match(name) for name in self.store.sizes() if name not in self.parts))
         return [part.string for part in others if part[1] == self.job_id and int(part[2]) <= self.epoch]
 
-    def strays(self) -> list[str]:
-        """Parts that no entry names: of a driver that is at work, or garbage."""
-        return [name for name in self.store.sizes() if name.startswith(PART_PREFIX) and name not in self.parts]
-
     def _name(self, number: int) -> str:
         return f"{self.folder}/{number:08d}.json"
 
     def _append(self, kind: str, add: Iterable[Part] = (), remove: Iterable[str] = ()) -> None:
-        at = datetime.now(UTC).isoformat(timespec="seconds")
-        entry = {"kind": kind, "driver": self._driver, "number": self.length, "at": at}
-        entry |= {"add": [asdict(part) for part in add], "remove": list(remove)}
+        entry: dict[str, Any] = {"kind": kind, "driver": self._driver, "number": self.length, "remove": list(remove)}
+        entry |= {"at": datetime.now(UTC).isoformat(timespec="seconds"), "add": [asdict(part) for part in add]}
         if not claim(self.store, self._name(self.length), json.dumps(entry).encode()):
             self._taken()
         self._apply(entry)

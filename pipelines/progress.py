@@ -34,9 +34,8 @@ class Progress:
         self.num_written = num_before  # rows that are committed, those of earlier runs (`num_before`) among them
         self._stats: Stats = {}
         self._history: deque[tuple[float, ...]] = deque()  # time, rows, prompt tokens, generated tokens
-        self._stop = threading.Event()
         self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
-        self._spinner = Spinner("dots")
+        self._stop, self._spinner = threading.Event(), Spinner("dots")
         self._thread = threading.Thread(target=self._run, name="rayinfer-progress", daemon=True)
 
     def __enter__(self) -> Self:

@@ -52,9 +52,11 @@ class Plan:
     log: CommitLog | None  # of the same job's earlier runs; None: it begins
     marker: dict[str, Any] | None  # of the success that the log tells of
     table: Table | None = None  # that follows the log; None: the sink is files alone
+    overwrite: bool = False  # another job's output
+    replay: bool = False  # the failed rows of a job that is complete
 
 
-def prepare(spec: JobSpec, *, overwrite: bool = False) -> Plan:
+def prepare(spec: JobSpec, *, overwrite: bool = False, replay: bool = False) -> Plan:
     """Check the whole job on the driver.
 
     Raises:
@@ -67,6 +69,8 @@ def prepare(spec: JobSpec, *, overwrite: bool = False) -> Plan:
     job = None if overwrite else read_job(store)
     log = marker = None
     if job is None:
+        if replay:
+            raise ConfigError(f"sink.uri = {spec.sink.uri!r}: no job's output, so no failed rows to run again")
         census = take_census(spec.source, listing)
     else:
         if (old := job["fingerprint"].get("format")) in FORMATS:
@@ -89,7 +93,8 @@ def prepare(spec: JobSpec, *, overwrite: bool = False) -> Plan:
             tokenizer = load_tokenizer(on_cpu)
             if tokenizer is None or not tokenizer.chat_template:
                 raise ConfigError(f"messages: model {spec.model.model!r} has no chat template; write `prompt` instead")
-    return Plan(spec, store, same, census, schema, log, marker, table)
+    replay = replay and marker is not None  # else the rows of an earlier replay are still to do
+    return Plan(spec, store, same, census, schema, log, marker, table, overwrite, replay)
 
 
 def read_marker(store: Store, log: CommitLog) -> dict[str, Any] | None:
@@ -133,13 +138,9 @@ def run_job(
     Raises:
         ConfigError: the job was refused; nothing was started.
     """
-    console = console or Console()
-    times = _Times()
-    plan = prepare(spec, overwrite=overwrite)
-    if replay and plan.log is None:
-        raise ConfigError(f"sink.uri = {spec.sink.uri!r}: no job's output, so no failed rows to run again")
-    replay = replay and plan.marker is not None  # else the rows of an earlier replay are still to do
-    if plan.marker is not None and not (replay and plan.marker["num_failed"]):
+    console, times = console or Console(), _Times()
+    plan = prepare(spec, overwrite=overwrite, replay=replay)
+    if plan.marker is not None and not (plan.replay and plan.marker["num_failed"]):
         times.enter("end")
         return JobResult.of_marker(plan.marker, times.seconds)
     result = JobResult(output=bare_uri(spec.sink.uri), num_rows_in=plan.census.num_rows, seconds=times.seconds)
@@ -152,7 +153,7 @@ def run_job(
         lease = Lease(plan.store)
         lease.check()
         with lease:
-            log = _work(plan, result, times, console, overwrite=overwrite, replay=replay, cluster=(address, verbose))
+            log = _work(plan, result, times, console, (address, verbose))
             _finish(plan, log, result, times)
     except KeyboardInterrupt:
         result.status, result.reason = "interrupted", "stopped before all rows were done"
@@ -167,23 +168,20 @@ def run_job(
     return result
 
 
-def _work(
-    plan: Plan, result: JobResult, times: _Times, console: Console, *, overwrite: bool, replay: bool,
-    cluster: tuple[str | None, bool],
-) -> CommitLog:  # fmt: skip
+def _work(plan: Plan, result: JobResult, times: _Times, console: Console, cluster: tuple[Any, bool]) -> CommitLog:
     """Compute and commit what is missing; returns the log."""
     log = plan.log
-    if log is not None and not (log.num_missing or replay):
-        return _take_over(plan, overwrite)  # only the end of an earlier run is left to do
-    with Progress(console, plan.census.num_rows, result.num_ok if replay else result.num_rows_out) as progress:
+    if log is not None and not (log.num_missing or plan.replay):
+        return _take_over(plan, plan.overwrite)  # only the end of an earlier run is left to do
+    with Progress(console, plan.census.num_rows, result.num_ok if plan.replay else result.num_rows_out) as progress:
         times.enter("start")
         progress.phase("starting Ray")
         with _ray(*cluster), _board(times) as (board, poll):
             progress.phase("loading the model", poll)
             checked = [_dataset(plan, board, log)]  # for the first round; refuses before anything is removed
-            log = _take_over(plan, overwrite)
+            log = _take_over(plan, plan.overwrite)
             times.enter("load")
-            if replay:
+            if plan.replay:
                 _take_failed_out(plan, log)
                 checked.clear()
             result.begin(log)
@@ -380,6 +378,7 @@ def _intro(plan: Plan) -> str:
     files = f"{census.num_files:,} file{'s' * (census.num_files != 1)}"
     source = f"{census.num_rows:,} rows from {files} ({census.format}{left_out})"
     done = f"\ngoing on: {plan.log.done.count:,} rows are done" if plan.log and plan.log.done.count else ""
+    done += f", {plan.marker['num_failed']:,} of them failed: these run again" if plan.replay and plan.marker else ""
     return f"{source}: {bare_uri(census.spec.uri)}\nmodel: {plan.spec.model.model}{done}"
 
 
@@ -387,5 +386,7 @@ def _cause(error: BaseException) -> str:
     """The innermost cause of a failed Ray task, without Ray's frames."""
     while isinstance(inner := getattr(error, "cause", None) or error.__cause__, BaseException):
         error = inner
-    text = bare_uri(str(error).strip() or repr(error))
+    text = bare_uri(str(error).strip() or repr(error)).partition("\nFailed to apply UDF")[0]  # what follows is Ray's
+    if isinstance(error, RowError):
+        text += "; on_error: record keeps such a row as failed; or change the row or the job, and give --overwrite"
     return text if isinstance(error, ConfigError | RowError) else f"{type(error).__name__}: {text.splitlines()[-1]}"

@@ -72,7 +72,7 @@ class PartWriter:
                 parts.append(self._write(rows, keys.take(pa.array(chosen)).to_pylist(), numbers[chosen]))
         return parts, _samples(table)
 
-    def _write(self, table: pa.Table, keys: list[str], numbers: np.ndarray) -> Part:
+    def _write(self, table: pa.Table, keys: list[str | None], numbers: np.ndarray) -> Part:
         data = encode(table, self.format)
         digest = KeyDigest()
         digest.add(keys)

@@ -3,7 +3,8 @@
 The driver takes a census before anything starts: files, columns, rows, and the digest of all keys. Ray Data's own
 readers are not used because a row there does not know its place in its file, and so has no stable key without an id.
 
-Every row goes through Ray as `row_key` (string), `row_number` (int64; its place in the census: file, then row),
+Every row goes through Ray as `row_key` (string; null if there is an id column, but the row could not be read),
+`row_number` (int64; its place in the census: file, then row),
 `source` (struct of the row's columns, so that no column of the user can meet one of the engine) and `source_error`
 (string; why the row could not be read, else null).
 """
@@ -94,12 +95,8 @@ class Census:
 
     def units_left(self, done: RowSet) -> list[Unit]:
         """What must be read for the rows that are not done."""
-        left = []
-        for unit in self.units:
-            rows = done.missing(unit.first_number, unit.first_number + unit.num_rows)
-            if len(rows):
-                left.append(replace(unit, wanted="" if len(rows) == unit.num_rows else pack_rows(rows)))
-        return left
+        missing = ((unit, done.missing(unit.first_number, unit.first_number + unit.num_rows)) for unit in self.units)
+        return [replace(unit, wanted=pack_rows(rows)) for unit, rows in missing if len(rows)]
 
     def dataset(self, units: list[Unit]) -> ray.data.Dataset:
         """The rows of units as a Ray dataset: one read task for each unit, streamed in blocks of CHUNK_ROWS rows."""
@@ -118,7 +115,7 @@ class Census:
     @classmethod
     def unpack(cls, spec: SourceSpec, packed: dict[str, Any]) -> Self:
         schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(packed["schema"])))
-        digest = KeyDigest.of(packed["num_rows"], packed["keys"])
+        digest = KeyDigest(packed["num_rows"], int(packed["keys"], 16))
         units = _numbered(Unit(*fields) for fields in packed["units"])
         return cls(spec, packed["format"], schema, units, packed["num_files"], packed["num_skipped_files"], digest)
 
@@ -209,8 +206,7 @@ def table_library(place: str, format: str) -> Any:
     try:
         return importlib.import_module(f"rayinfer.pipelines.{format}")
     except ImportError as error:
-        how = f"pip install 'rayinfer[{format}]'"
-        raise ConfigError(f"{place}.format = {format!r}: {error.name} is not installed: {how}") from None
+        raise ConfigError(f"{place}.format: {error.name} is not installed: pip install 'rayinfer[{format}]'") from None
 
 
 def _relative(file: str, root: str) -> str:
@@ -327,14 +323,14 @@ def _digest_ids(census: Census, column: str) -> KeyDigest:
         raise ConfigError(f"source.id_column = {column!r}: ids are integers or strings, this column is {kind}")
     read = ReadUnits(replace(census, schema=pa.schema([census.schema.field(column)])))
 
-    def keys() -> Iterator[list[str]]:
+    def keys() -> Iterator[list[str | None]]:
         for unit in census.units:
             for table in read.read(unit):
-                if table[KEY].null_count:
-                    bad = table.filter(pc.is_null(table[KEY]))
+                bad = table.filter(pc.and_(pc.is_null(table[KEY]), pc.is_null(table[SOURCE_ERROR])))
+                if bad.num_rows:  # a row that could not be read is no reason: it costs itself
                     row = unit.first_row + bad[NUMBER][0].as_py() - unit.first_number
-                    where, reason = f"row {row} (from 0) of {unit.name!r}", bad[SOURCE_ERROR][0].as_py() or "null id"
-                    raise ConfigError(f"source.id_column = {column!r} (leave it out?): {where} has no id: {reason}")
+                    where = f"row {row} (from 0) of {unit.name!r}"
+                    raise ConfigError(f"source.id_column = {column!r} (leave it out?): {where} has no id: null id")
                 yield table[KEY].to_pylist()
 
     digest = KeyDigest()
@@ -366,9 +362,8 @@ class ReadUnits:
         fs, _ = fsspec.core.url_to_fs(self.spec.uri)
         at = 0  # rows of the unit that were read
         wanted = unpack_rows(unit.wanted) - unit.first_number if unit.wanted else None
-        parquet = self.format == "parquet"
-        chunks = self._parquet(fs, unit) if parquet else read_chunks(fs, unit.file, self.format, CHUNK_ROWS)
-        for columns, errors in chunks:
+        text = read_chunks(fs, unit.file, self.format, CHUNK_ROWS)  # which opens nothing before it is asked
+        for columns, errors in self._parquet(fs, unit) if self.format == "parquet" else text:
             end = min(at + len(errors), unit.num_rows)
             kept = np.arange(at, end) if wanted is None else wanted[slice(*np.searchsorted(wanted, [at, end]))]
             if len(kept):
@@ -390,8 +385,10 @@ class ReadUnits:
                 errors[i] = f"column {name!r}: its value does not fit the column's type, {kind}"
             arrays.append(array)
         source = pa.StructArray.from_arrays(arrays, fields=list(self.schema))
-        keys = pa.array(_row_keys(unit.name, unit.first_row + at, num_rows), pa.string())
+        places = _row_keys(unit.name, unit.first_row + at, num_rows)
+        keys = pa.array(places, pa.string())
         if self.spec.id_column is not None:
+            errors = [error and f"{place}: {error}" for place, error in zip(places, errors, strict=True)]
             keys = source.field(self.spec.id_column).cast(pa.string())
         numbers = pa.array(np.arange(num_rows) + unit.first_number + at)
         return pa.table({KEY: keys, NUMBER: numbers, SOURCE: source, SOURCE_ERROR: pa.array(errors, pa.string())})

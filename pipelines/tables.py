@@ -38,8 +38,7 @@ class Table(Protocol):
     _last: float  # when it was brought to the log
 
     def __init__(self, sink: SinkSpec, store: Store):
-        self.sink, self.store = sink, store
-        self._last = time.monotonic()
+        self.sink, self.store, self._last = sink, store, time.monotonic()
 
     def load(self) -> Any:
         """The table's newest version; None if there is no table. Raises ConfigError if it is not this output's."""

@@ -1,6 +1,7 @@
 """Prompt templates: sandboxed Jinja2 over one row's columns."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2 import StrictUndefined, TemplateSyntaxError, meta, nodes
@@ -20,7 +21,11 @@ def _refuse_none(value: Any) -> Any:
     return value
 
 
-_ENVIRONMENT = Sandbox(undefined=StrictUndefined, finalize=_refuse_none, keep_trailing_newline=True)
+def _json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, indent=indent, ensure_ascii=False)  # as chat templates do: Jinja2's own is for HTML
+
+
+_ENVIRONMENT = Sandbox({"tojson": _json}, undefined=StrictUndefined, finalize=_refuse_none, keep_trailing_newline=True)
 _ENVIRONMENT.globals.clear()  # a name is a column or a mistake
 
 
@@ -50,9 +55,8 @@ class PromptTemplate:
     def __reduce__(self) -> tuple[Any, ...]:
         return PromptTemplate, self._given  # compiled templates do not pickle
 
-    def check_columns(self, columns: Iterable[str]) -> None:
+    def check_columns(self, columns: Sequence[str]) -> None:
         """Raise ConfigError for a name that is no column of the source."""
-        columns = list(columns)
         for place, text in self._sources.items():
             tree = _ENVIRONMENT.parse(text)
             used = meta.find_undeclared_variables(tree)
@@ -76,8 +80,11 @@ class PromptTemplate:
             row = control.mark(dict(row))
         try:
             texts = [_ENVIRONMENT.render(template, {ROW_NAME: row, **row}) for template in self._compiled]
-        except RowError:
-            raise
+        except RowError as error:
+            trees = [_ENVIRONMENT.parse(text) for text in self._sources.values()]
+            named = sorted(set().union(*(meta.find_undeclared_variables(tree) | _keys_of_row(tree) for tree in trees)))
+            null = ", ".join(name for name in named if row.get(name, "") is None) or "something in a value"
+            raise RowError(error.type, f"{error}; null in this row: {null}") from None
         except Exception as error:
             raise RowError(ErrorType.TEMPLATE_ERROR, f"the template raised {describe(error, row)}") from None
         if self._roles is None:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from rayinfer.pipelines.identity import need_job
 from rayinfer.pipelines.job import SinkSpec
 from rayinfer.pipelines.keys import KeyDigest, find_duplicate
-from rayinfer.pipelines.log import CommitLog, Part
+from rayinfer.pipelines.log import PART_PREFIX, CommitLog, Part
 from rayinfer.pipelines.sinks import MARKER
 from rayinfer.pipelines.sources import CHUNK_ROWS, KEY
 from rayinfer.pipelines.store import Store, open_store
@@ -48,11 +48,12 @@ def verify(uri: str, sink: SinkSpec | None = None) -> tuple[list[tuple[str, str]
     failed = errors.total()
     if log.num_missing:
         wrong.append(f"{log.num_missing:,} of {census['num_rows']:,} rows are not done; run the job again")
-    elif digest != KeyDigest.of(census["num_rows"], census["keys"]):
+    elif digest != KeyDigest(census["num_rows"], int(census["keys"], 16)):
         wrong.append("the keys of the table are not those of the source")
     if duplicate is not None:
         wrong.append(f"key {duplicate!r} is there more than once")
-    if strays := log.strays():
+    # Of a driver that is at work, or garbage.
+    if strays := [name for name in store.sizes() if name.startswith(PART_PREFIX) and name not in log.parts]:
         wrong.append(f"{len(strays)} part file(s) are not in the log, and none may read them (first: {strays[0]})")
     if not log.num_missing and MARKER not in store.sizes():
         wrong.append(f"all rows are done, but {MARKER} is missing; run the job again, it ends at once")
@@ -89,7 +90,7 @@ def _check_table(table: Table, log: CommitLog, key_column: str, wrong: list[str]
     return f"{len(names):,} parts, {digest.count:,} keys"
 
 
-def _part_keys(store: Store, part: Part, key_column: str, bad: dict[str, str]) -> list[str]:
+def _part_keys(store: Store, part: Part, key_column: str, bad: dict[str, str]) -> list[str | None]:
     """A part's keys. What is wrong with it, compared with what the log says, is noted in `bad` under its name."""
     keys, errors, problem = [], Counter[str](), ""
     try:
@@ -110,11 +111,12 @@ def _part_keys(store: Store, part: Part, key_column: str, bad: dict[str, str]) -
     return keys
 
 
-def _read(store: Store, name: str, data: bytes, key_column: str) -> Iterator[tuple[list[str], list[str]]]:
+def _read(store: Store, name: str, data: bytes, key_column: str) -> Iterator[tuple[list[str | None], list[str]]]:
     """Keys and error types of a part, some rows at a time."""
     if name.endswith(".parquet"):
         table = pq.read_table(io.BytesIO(data), columns=[key_column, "error_type"])
         yield table[key_column].cast(pa.string()).to_pylist(), table["error_type"].drop_null().to_pylist()
         return
     for columns, _ in read_chunks(store.fs, f"{store.folder}/{name}", name.rpartition(".")[2], CHUNK_ROWS):
-        yield [str(key) for key in columns[key_column]], [value for value in columns["error_type"] if value]
+        keys = [None if key in (None, "") else str(key) for key in columns[key_column]]  # null is empty in CSV
+        yield keys, [value for value in columns["error_type"] if value]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from rayinfer.errors import ErrorType, RowError, Stage
+from rayinfer.errors import ConfigError, ErrorType, RowError, Stage
 from rayinfer.request import Logprob, RequestOutput
 
 ERROR_COLUMNS = ("error_type", "error_stage", "error_message")
@@ -29,6 +29,17 @@ OUTPUT = pa.schema([
     *((name, pa.string()) for name in ERROR_COLUMNS), ("attempts", pa.int32()),
 ])  # fmt: skip
 WHEN_ASKED = ("logprobs", "prompt_logprobs")
+ALWAYS = tuple(name for name in OUTPUT.names if name not in WHEN_ASKED)
+
+
+def refuse_taken(names: Iterable[str], outputs: Iterable[str] = ALWAYS) -> None:
+    """Raise ConfigError for a user's column that an output would replace.
+
+    Those of a processor before this one may be replaced. Its tables have ERROR_COLUMNS, one of which may be dropped.
+    """
+    taken = [name for name in outputs if name in names]
+    if taken and sum(name in names for name in ERROR_COLUMNS) < 2:
+        raise ConfigError(f"column {taken[0]!r}: an output has this name, and would replace it; rename it, or drop it")
 
 
 def with_columns(table: pa.Table, columns: Mapping[str, Any]) -> pa.Table:

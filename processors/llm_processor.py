@@ -38,7 +38,8 @@ class LLMProcessor:
     """Answers the rows of the batches it is called with, all calls at once in one running batch of one engine.
 
     Input columns: one of `messages`, `prompt`, `prompt_token_ids` that is not null, and maybe `sampling_params`.
-    Every column passes through; columns.OUTPUT names what is appended. A failed row has `error_type`.
+    Every column passes through; columns.OUTPUT names what is appended, and what takes the place of an earlier
+    processor's. A failed row has `error_type`.
 
         ds.map_batches(
             LLMProcessor,
@@ -65,7 +66,7 @@ class LLMProcessor:
         engine_kwargs: the other fields of EngineConfig.
 
     Raises:
-        ConfigError: a setting or the model cannot be used.
+        ConfigError: a setting or the model cannot be used, or a column that no processor made has an output's name.
         RowError: a row failed and on_error is "raise".
     """
 
@@ -78,8 +79,7 @@ class LLMProcessor:
         engine: EngineProcess | None = None, **engine_kwargs: Any,
     ):  # fmt: skip
         self._drain = DrainWatch()
-        self._defaults = sampling_defaults(sampling_params)
-        self._on_error = on_error
+        self._defaults, self._on_error = sampling_defaults(sampling_params), on_error
         self._asked = [name for name in col.WHEN_ASKED if self._defaults.get(name) is not None]
         self._config = EngineConfig.parse(model=model, **engine_kwargs)
         self._template = chat_template, chat_template_kwargs
@@ -104,6 +104,7 @@ class LLMProcessor:
             reverse=self._done is not None,  # where no row waits for another, the long ones are not to be the last
         )
         source = _Source(table, self._columns([row.params for _, row in good]), task_attempt())
+        col.refuse_taken(table.column_names, source.columns.names)
         errors = self._block(source, failed) if failed else None  # before the engine has the others: it may raise
         with self._turn:
             self._num_brought += len(good)
@@ -218,7 +219,7 @@ class LLMProcessor:
     def _columns(self, params: list[SamplingParams]) -> pa.Schema:
         """OUTPUT, with log-probabilities if the job or a row of this batch asks for them."""
         asked = {*self._asked, *(n for n in col.WHEN_ASKED if any(getattr(one, n) is not None for one in params))}
-        return pa.schema([field for field in col.OUTPUT if field.name in asked or field.name not in col.WHEN_ASKED])
+        return pa.schema([field for field in col.OUTPUT if field.name in asked or field.name in col.ALWAYS])
 
     def _block(self, source: _Source, results: Mapping[int, RequestOutput | RowError]) -> pa.Table:
         rows = [col.output_row(result, source.attempt) for result in results.values()]

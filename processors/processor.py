@@ -12,6 +12,7 @@ from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
 
 from rayinfer.config import EngineConfig
 from rayinfer.errors import ConfigError
+from rayinfer.processors.columns import refuse_taken
 from rayinfer.processors.config import Concurrency, EngineProcessorConfig, bounds
 from rayinfer.processors.engine_pool import Membership, SharedProcessor
 from rayinfer.processors.functions import RowFunction
@@ -40,6 +41,10 @@ def build_processor(
         stats_actor: handle of a StatsBoard that engines report to.
 
     Processors of one job whose configs name the same `engine_pool` share its engines.
+
+    A column of the dataset that has the name of an output, such as `generated_text`, is refused, as it would be lost.
+    The outputs of an earlier processor, whose tables have at least two of the three error columns, are replaced; what
+    preprocess returns under such a name is left out.
     """
     if not isinstance(config, EngineProcessorConfig):
         raise ConfigError(f"config: want an EngineProcessorConfig, got {type(config).__name__}")
@@ -63,11 +68,13 @@ class Processor:
         """Add the three stages to a dataset's plan, after a look at the model's files and the cluster's resources.
 
         Raises:
-            ConfigError: the model, its tokenizer or the resources cannot do; no engine has started then.
+            ConfigError: the model, its tokenizer or the resources cannot do, or a column has the name of an output; no
+                engine has started then. (Of columns that only the rows tell, the first block raises it.)
         """
         from rayinfer.inputs import InputProcessor
 
         config = self.config
+        refuse_taken(dataset.columns(fetch_if_missing=False) or ())
         num_cpus, num_gpus, prepare_cpus, num_engines = self._resources()
         engine = config.engine_config()
         if engine.device == "auto":

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from rayinfer.config import EngineConfig
-from rayinfer.errors import ConfigError, ErrorType, RowError
+from rayinfer.errors import ConfigError, ErrorType, RowError, choices
 from rayinfer.request import EncodedRow, RequestOutput, failed_output
 from rayinfer.sampling import SamplingParams
 from rayinfer.start import start_engine
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from rayinfer.inputs import InputProcessor
 
 Prompt = str | Mapping[str, Any]
+Params = SamplingParams | Sequence[SamplingParams] | None
+_KEYS = ("prompt", "prompt_token_ids", "messages", "sampling_params")
 
 
 class LLM:
@@ -39,14 +41,14 @@ class LLM:
         self._num_calls = 0
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *, use_tqdm: bool = True,
+        self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None, *, use_tqdm: bool = True,
         on_error: str = "record",
     ) -> list[RequestOutput]:  # fmt: skip
         """Generate for each prompt; results are in the order of the prompts.
 
         Args:
-            prompts: a string, a mapping with `prompt` or `prompt_token_ids`, or a sequence of these.
+            prompts: a string, a mapping with `prompt` or `prompt_token_ids`, or a sequence of these. A mapping with
+                another key that is not None, such as `multi_modal_data`, is a failed prompt.
             sampling_params: one for all prompts, or one each.
             on_error: "record" gives a failed prompt an output with `error_type`; "raise" raises its RowError.
         """
@@ -55,9 +57,8 @@ class LLM:
         return self._run(rows, sampling_params, self.engine.inputs, use_tqdm, on_error)
 
     def chat(
-        self, messages: Sequence[Any], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *,
-        chat_template: str | None = None, chat_template_kwargs: Mapping[str, Any] | None = None,
-        use_tqdm: bool = True, on_error: str = "record",
+        self, messages: Sequence[Any], sampling_params: Params = None, *, chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None, use_tqdm: bool = True, on_error: str = "record",
     ) -> list[RequestOutput]:  # fmt: skip
         """Generate for one conversation (a list of {role, content}) or for a list of them."""
         if isinstance(messages, str) or (messages and isinstance(messages[0], Mapping)):
@@ -74,24 +75,24 @@ class LLM:
         self.engine.reset_prefix_cache()
 
     def _run(
-        self, rows: list[dict[str, Any]], sampling_params: SamplingParams | Sequence[SamplingParams] | None,
-        inputs: InputProcessor, use_tqdm: bool, on_error: str,
-    ) -> list[RequestOutput]:  # fmt: skip
+        self, rows: list[dict[str, Any]], sampling_params: Params, inputs: InputProcessor, use_tqdm: bool, on_error: str
+    ) -> list[RequestOutput]:
         if on_error not in ("record", "raise"):
             raise ConfigError(f"on_error = {on_error!r}: 'record' or 'raise'")
-        if isinstance(sampling_params, Sequence) and len(sampling_params) != len(rows):
-            raise ConfigError(f"sampling_params has {len(sampling_params)} entries for {len(rows)} prompts")
-        for index, row in enumerate(rows):
-            own = sampling_params[index] if isinstance(sampling_params, Sequence) else sampling_params
-            row.setdefault("sampling_params", own)
+        params = sampling_params if isinstance(sampling_params, Sequence) else [sampling_params] * len(rows)
+        if len(params) != len(rows):
+            raise ConfigError(f"sampling_params has {len(params)} entries for {len(rows)} prompts")
+        rows = [{"sampling_params": own, **row} for row, own in zip(rows, params, strict=True)]
         outputs: dict[int, RequestOutput] = {}
         self._num_calls += 1
-        encoded_rows = list(enumerate(inputs.encode_batch(rows)))
         # Rows that may be long come first, so that few of them are left running alone at the end.
-        encoded_rows.sort(key=lambda entry: -_most_tokens(entry[1]))
+        encoded_rows = sorted(enumerate(inputs.encode_batch(rows)), key=lambda entry: -_most_tokens(entry[1]))
         for index, encoded in encoded_rows:
             request_id = f"{self._num_calls}-{index}"
             try:
+                if unknown := [str(key) for key, it in rows[index].items() if key not in _KEYS and it is not None]:
+                    text = f"unknown key {unknown[0][:60]!r}{choices(unknown[0], _KEYS, 'Allowed keys')}"
+                    raise RowError(ErrorType.INVALID_PROMPT, text)
                 if isinstance(encoded, RowError):
                     raise encoded
                 self.engine.add(request_id, encoded)

@@ -45,6 +45,8 @@ BAD = [
     ({"prompt": "x", "sampling_params": {"top_p": 2}}, "INVALID_SAMPLING_PARAMS", "top_p = 2"),
     ({"prompt": "x", "sampling_params": {"stop_token_ids": [97]}}, "INVALID_SAMPLING_PARAMS", "97 is out"),
     ({"prompt": "x", "sampling_params": 5}, "INVALID_SAMPLING_PARAMS", "want a mapping, got int"),
+    ({"prompt": "x", "multi_modal_data": {"image": 1}}, "INVALID_PROMPT", "unknown key 'multi_modal_data'.* prompt, "),
+    ({"promt": "x"}, "INVALID_PROMPT", "unknown key 'promt'; did you mean 'prompt'.*Allowed keys: prompt, prompt_tok"),
 ]
 
 
@@ -114,6 +116,10 @@ def test_generate_and_chat(llm):
     chat = llm.chat(messages, GREEDY, use_tqdm=False)
     assert chat[0].prompt == "hello"
     assert ids_of(chat) == ids_of(llm.generate(["hello"], GREEDY, use_tqdm=False))
+    rows = [{"prompt": "hello", "multi_modal_data": None}, {"prompt": "hello", 7: 1}]
+    none, seven = llm.generate(rows, GREEDY, use_tqdm=False)
+    assert (none.error_type, ids_of([none])) == (None, ids_of(chat))
+    assert "unknown key '7'" in seven.error_message
     assert [output.error_type for output in llm.chat("hello", GREEDY, use_tqdm=False)] == ["INVALID_PROMPT"]
     two = llm.chat([messages, []], GREEDY, use_tqdm=False)
     assert [output.error_type for output in two] == [None, "INVALID_PROMPT"]

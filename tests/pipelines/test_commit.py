@@ -185,6 +185,16 @@ def test_a_part_that_is_gone_is_told_without_the_password_and_with_a_way_out(tmp
     assert "start afresh with --overwrite" in reason
 
 
+def test_a_replay_says_how_many_rows_it_runs_again(tmp_path):
+    plan = sim.plan_of(open_store(str(tmp_path)), 24)
+    sim.drive(plan.store, 24, sim.Orderly, random.Random(0))
+    log = CommitLog(plan.store, read_job(plan.store)["id"], 24)
+    log.load()
+    begun = replace(plan, log=log, marker={"num_failed": 1234})
+    assert run._intro(begun).endswith("going on: 24 rows are done")
+    assert run._intro(replace(begun, replay=True)).endswith("24 rows are done, 1,234 of them failed: these run again")
+
+
 def test_what_is_refused_once_the_work_has_begun_is_told_in_the_report(tmp_path, monkeypatch):
     def work(plan, result, times, *args, **kwargs):
         for stage in stages:

@@ -135,6 +135,14 @@ def test_templates_render_text_and_messages():
     }
 
 
+def test_json_in_a_prompt_is_the_text_itself():
+    row = {"text": "\xfcml\xe4ut, don't <b> \U0001f600", "meta": {"z": 1, "a": ["\xdf"]}}
+    assert PromptTemplate("{{ text|tojson }}").render(row) == {"prompt": '"\xfcml\xe4ut, don\'t <b> \U0001f600"'}
+    assert PromptTemplate("{{ meta|tojson }}").render(row) == {"prompt": '{"z": 1, "a": ["\xdf"]}'}
+    assert PromptTemplate("{{ [1]|tojson(indent=2) }}").render(row) == {"prompt": "[\n  1\n]"}
+    assert PromptTemplate("{{ [1]|tojson(1) }}").render(row) == {"prompt": "[\n 1\n]"}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -155,7 +163,9 @@ def test_unknown_columns(text, message):
     ("text", "message"),
     [
         ("{{ x.secret }}", "UndefinedError"),
-        ("{{ n }}", "prints a null value"),
+        ("{{ n }}", "prints a null value.*; null in this row: n$"),
+        ("{{ x|length }}{{ row['n'] }}{{ zero }}", "; null in this row: n$"),
+        ("{% for i in [none] %}{{ i }}{% endfor %}", "; null in this row: something in a value$"),
         ("{{ 1 / zero }}", "the template raised ZeroDivisionError"),
         ("{{ x.__class__.__mro__ }}", "SecurityError"),
         ("{{ ''.__class__ }}", "SecurityError"),

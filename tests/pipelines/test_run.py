@@ -22,6 +22,7 @@ from rayinfer.pipelines.report import JobResult
 from rayinfer.pipelines.run import run_job
 from rayinfer.pipelines.sinks import MARKER
 from rayinfer.pipelines.store import META
+from rayinfer.pipelines.verify import verify
 
 WRITERS = {
     "parquet": pq.write_table,
@@ -113,6 +114,34 @@ def test_bad_rows_cost_themselves_only(tmp_path, local_ray, job, model_path):
     assert good == reference_texts(model_path, ["good", "also good", "last"])
 
 
+@pytest.mark.parametrize("format", ["jsonl", "csv", "delta"])
+def test_a_bad_line_costs_one_row_of_a_job_with_ids_too(tmp_path, local_ray, job, format):
+    if format == "delta":
+        pytest.importorskip("deltalake")
+    lines = [json.dumps({"id": i if format == "csv" else f"i{i}", "text": "x" * i}) for i in range(5)]
+    lines[1:1] = ['{"id": ', "[]"]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    source = {"uri": str(tmp_path / "in.jsonl"), "id_column": "id"}
+    spec = job(source, prompt="{{ text }}", sink={"uri": str(tmp_path / "out"), "format": format, "rows_per_part": 2})
+    for replay in (False, True):
+        result, _ = run(spec, replay=replay)
+        assert (result.status, result.num_ok, result.num_failed) == ("complete", 4, 3), result.reason
+        assert result.errors == {"INVALID_PROMPT": 3}
+        facts, wrong = verify(str(tmp_path / "out"))
+        assert wrong == []
+        assert ("keys", "7 read, none twice") in facts
+    rows = read_parts(tmp_path / "out", "parquet" if format == "delta" else format).to_pylist()
+    assert sorted(str(row["id"]) for row in rows if row["id"] is not None) == sorted(
+        str(i) if format == "csv" else f"i{i}" for i in range(5)
+    )
+    lost = sorted((row for row in rows if row["id"] is None), key=lambda row: row["error_message"])
+    assert [row["error_stage"] for row in lost] == ["read", "read"]
+    assert lost[0]["error_message"].startswith("in.jsonl#1: record 1 (from 0) is not valid JSON")
+    assert lost[1]["error_message"] == "in.jsonl#2: record 2 (from 0) is a list, not an object"
+    next((tmp_path / "out").glob("part-*")).unlink()
+    assert "the keys of the table are not those of the source" in verify(str(tmp_path / "out"))[1]
+
+
 def test_on_error_raise_stops_and_names_the_row(tmp_path, local_ray, job):
     pq.write_table(pa.table({"id": ["a", "bad-one"], "text": ["x", None]}), tmp_path / "in.parquet")
     source = {"uri": str(tmp_path / "in.parquet"), "id_column": "id"}
@@ -121,7 +150,12 @@ def test_on_error_raise_stops_and_names_the_row(tmp_path, local_ray, job):
     assert "bad-one" in result.reason
     assert "TEMPLATE_ERROR" in result.reason
     assert "Traceback" not in result.reason
+    assert len(result.reason.splitlines()) == 1  # no advice of Ray's
+    assert "on_error: record keeps such a row" in result.reason
+    assert "--overwrite" in result.reason  # so nobody is told to type the same again, see test_cli.py
     assert not (tmp_path / "out" / MARKER).exists()
+    result, _ = run(job(source, on_error="record"))  # as it says: the same job goes on
+    assert (result.status, result.num_ok, result.num_failed) == ("complete", 1, 1), result.reason
 
 
 def test_overwrite_replaces_the_earlier_table(tmp_path, local_ray, job, table):

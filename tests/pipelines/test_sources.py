@@ -238,6 +238,42 @@ def test_a_bad_record_costs_one_row(tmp_path):
     assert table[SOURCE_ERROR].to_pylist() == [None, "record 1 (from 0) has 1 fields where the header has 2", None]
 
 
+def test_a_record_that_cannot_be_read_needs_no_id(tmp_path):
+    path = tmp_path / "a.jsonl"
+    good = [json.dumps({"id": f"i{i}", "t": "x"}) for i in range(3)]
+    path.write_text("\n".join([good[0], '{"id": "i1', good[1], "7", good[2]]))
+    census = census_of(path, id_column="id")
+    table = read_all(census)
+    assert table[KEY].to_pylist() == ["i0", None, "i1", None, "i2"]
+    assert [row["id"] for row in rows_of(table)] == ["i0", None, "i1", None, "i2"]
+    errors = table[SOURCE_ERROR].to_pylist()
+    assert [error is None for error in errors] == [True, False, True, False, True]
+    assert errors[1].startswith("a.jsonl#1: record 1 (from 0) is not valid JSON")
+    assert errors[3] == "a.jsonl#3: record 3 (from 0) is a int, not an object"
+    digest = KeyDigest()
+    digest.add(table[KEY].to_pylist())
+    assert (digest, digest.count) == (census.key_digest(), 5)
+    broken = [f'{{"id": {i}, ' for i in range(2500)]  # more than there may be collisions: all of them are one key
+    for lines, message in (
+        ([*broken, *good, good[1], *broken], "id 'i1' is there more than once"),
+        ([*broken[:2], good[0], '{"id": null, "t": "x"}', *broken], "row 3 .from 0. of 'a.jsonl' has no id: null id"),
+        ([*broken[:2], good[0], '{"t": "x"}'], "row 3 .from 0. of 'a.jsonl' has no id: null id"),
+    ):
+        path.write_text("\n".join(lines))
+        with pytest.raises(ConfigError, match=message):
+            census_of(path, id_column="id")
+    (tmp_path / "a.csv").write_text("id,t\n1,x\n2\n3,x\n")
+    table = read_all(census_of(tmp_path / "a.csv", id_column="id"))
+    assert table[KEY].to_pylist() == ["1", None, "3"]
+    big = 2**53 + 1
+    for name, ids in (("1.parquet", pa.array([-1])), ("2.parquet", pa.array([2**64 - 1, 5], pa.uint64()))):
+        (tmp_path / "wide").mkdir(exist_ok=True)
+        pq.write_table(pa.table({"id": ids, "n": [big] * len(ids)}), tmp_path / "wide" / name)
+    table = read_all(census_of(tmp_path / "wide", id_column="id"))
+    assert table[KEY].to_pylist() == ["-1", None, "5"]
+    assert table[SOURCE_ERROR][1].as_py() == "2.parquet#0: column 'id': its value does not fit the column's type, int64"
+
+
 def test_a_half_of_a_surrogate_pair_costs_its_row(tmp_path):
     path = tmp_path / "a.jsonl"
     lines = [
@@ -438,7 +474,7 @@ def test_digest_tells_lost_and_doubled_apart():
         for part in parts:
             other = KeyDigest()
             other.add(part)
-            whole.merge(KeyDigest.of(other.count, other.hex()))
+            whole.merge(KeyDigest(other.count, int(other.hex(), 16)))
         return whole
 
     assert digest(["a", "b"], ["c"]) == digest(["c", "a"], [], ["b"])

@@ -155,9 +155,26 @@ def test_refused_before_an_actor_starts(local_ray, model_path, engine_kwargs, tm
         processor = build_processor(EngineProcessorConfig(model_source=source, engine_kwargs=engine_kwargs))
         with pytest.raises(ConfigError):
             processor(dataset)
+    processor = build_processor(EngineProcessorConfig(model_source=model_path, engine_kwargs=engine_kwargs), ask)
+    mine = ray.data.from_items([{"id": 1, "generated_text": "mine"}])
+    with pytest.raises(ConfigError, match="column 'generated_text': an output has this name"):
+        processor(mine)
     greedy = EngineProcessorConfig(model_source=model_path, concurrency=8, num_cpus=1)
     with pytest.raises(ConfigError, match="reading needs one"):
         build_processor(greedy)(dataset)
+
+
+def test_processors_in_a_chain_and_a_column_that_only_rows_tell(local_ray, config):
+    """The second one's outputs take the place of the first one's; a column of the user's is not lost without a word."""
+    both = config.model_copy(update={"engine_pool": "chain"})  # two engines want more CPUs than this Ray has
+    again = build_processor(both, preprocess=lambda row: {"prompt": f"again: {row['generated_text']}"})
+    first = build_processor(both, preprocess=lambda row: {"prompt": f"row {row['id']}"})
+    rows = again(first(ray.data.range(4))).take_all()
+    assert sorted(row["id"] for row in rows) == list(range(4))
+    assert all(row["prompt"].startswith("again: ") and row["error_type"] is None for row in rows), rows
+    mine = ray.data.range(4).map(lambda row: {**row, "generated_text": "mine"})
+    with pytest.raises(Exception, match="column 'generated_text': an output has this name"):
+        build_processor(config, preprocess=ask)(mine).take_all()
 
 
 def test_on_error_raise_stops_the_job(local_ray, model_path, engine_kwargs):

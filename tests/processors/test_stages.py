@@ -332,7 +332,9 @@ def test_calls_are_even_and_at_most_batch_size(model_path, engine_kwargs):
 
 def test_columns_of_one_name_do_not_clash(llm, model_path, engine_kwargs):
     """A table that was processed before, and one with a prompt of its own that preprocess replaces."""
-    table = pa.table({"id": [0], "prompt": ["old"], "error_type": ["user's own"], "generated_text": [1]})
+    none = pa.array([None], pa.string())
+    errors = {"error_type": ["user's own"], "error_stage": none, "error_message": none}
+    table = pa.table({"id": [0], "prompt": ["old"], **errors, "generated_text": [1]})
     stage = prepare(model_path, engine_kwargs, lambda row: {"messages": [{"role": "user", "content": "x"}]})
     (result,) = run(llm, stage, table)
     row = result.to_pylist()[0]
@@ -344,6 +346,27 @@ def test_columns_of_one_name_do_not_clash(llm, model_path, engine_kwargs):
     for postprocess in (None, lambda row: row):
         (result,) = run(llm, stage, table, postprocess)
         assert (result.to_pylist()[0]["prompt"], result.to_pylist()[0]["id"]) == ("new", 5)
+
+
+def test_a_column_that_an_output_would_replace_is_refused(llm, model_path, engine_kwargs):
+    """Unless a processor made it: its tables have at least two of the error columns."""
+    stage = prepare(model_path, engine_kwargs)
+    for name in ("generated_text", "error_type", "attempts"):
+        table = names_table(["good"]).append_column(name, pa.array(["mine"]))
+        with pytest.raises(ConfigError, match=f"column '{name}': an output has this name.*rename it, or drop it"):
+            run(llm, stage, table)
+    table = names_table(["good"]).append_column("logprobs", pa.array([7]))  # an output where it is asked for
+    (result,) = run(llm, stage, table)
+    assert result["logprobs"].to_pylist() == [7]
+    with pytest.raises(ConfigError, match="column 'logprobs'"):
+        run(llm, prepare(model_path, engine_kwargs, sampling_params=dict(GREEDY, logprobs=1)), table)
+    (first,) = run(llm, stage, names_table(["good"]))
+    for dropped in ([], ["error_type"], ["error_message"]):
+        (second,) = run(llm, stage, first.drop_columns([*dropped]))
+        assert second["generated_text"].to_pylist() == first["generated_text"].to_pylist()
+        assert second.column_names.count("generated_text") == 1
+    with pytest.raises(ConfigError, match="column 'generated_text'"):
+        run(llm, stage, first.select(["id", "name", "generated_text"]))
 
 
 def test_a_row_that_failed_before_stays_failed(llm, model_path, engine_kwargs):
