@@ -59,7 +59,7 @@ class Scheduler:
         self.running: list[Request] = []
         self.num_preemptions = self._num_steps = 0
         self.all_known: bool | None = None  # the rows that wait are all that there are; None: if it seems so
-        self._num_finished = 0  # rows since one was added
+        self._num_added = self._num_finished = 0  # rows since there were none; rows since one was added
         self._pace = Pace(pool, self.running, self.waiting, mixed, min_pace)
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._new_blocks: list[tuple[int, int, int]] = []
@@ -74,24 +74,27 @@ class Scheduler:
         return len(self.running) + len(self._free_slots)
 
     def _none_to_come(self) -> bool:
-        """Whether the rows here are all, or seem to be: a job that has more sends some each time that some have ended,
-        about an eighth of the slots (`processor.rows_in_flight`), and lets others wait always."""
+        """Whether the rows here are all, or seem to be.
+
+        A job that has more sends twice as many as there are slots, then an eighth of that each time that as many have
+        ended (`processor.rows_in_flight`).
+        """
         if self.all_known is not None:
             return self.all_known
-        few = len(self.running) + len(self.waiting) <= self.num_slots
-        return few or 8 * self._num_finished >= 3 * self.num_slots
+        return self._num_added <= 2 * self.num_slots or 8 * self._num_finished >= 3 * self.num_slots
 
     def add(self, request: Request) -> None:
         """Queue a row. One that may yield N more tokens than another goes before it if it comes at most N steps later.
 
         So long rows are not left alone at the end, and no row waits for ever; rows of one length come in as they came.
         """
+        self._num_added = self._num_added + 1 if self.waiting or self.running else 1
+        self._num_finished = 0
         request.rank = self._num_steps - num_left(request)
         place = len(self.waiting)  # of nearly all rows; a search in a long deque is slow
         if place and self.waiting[-1].rank > request.rank:
             place = bisect_right(self.waiting, request.rank, key=lambda row: row.rank)
         self.waiting.insert(place, request)
-        self._num_finished = 0
         self._pace.reset()
 
     def finish(self, request: Request, forget: bool = False) -> None:

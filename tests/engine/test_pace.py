@@ -114,7 +114,7 @@ def test_large_steps_all_the_same(why):
 
 
 def test_a_job_whose_rows_seem_to_be_all():
-    """They do when they are no more than slots, or when many have ended and no new one came."""
+    """They do when they are few for the slots, or when many have ended and no new one came."""
     limits = {"mixed": (SIZES, 2**19)}
     lens = np.random.default_rng(0).integers(8, 1024, 180)
     np.testing.assert_array_equal(steps_of(lens, None, **limits), steps_of(lens, True, **limits))

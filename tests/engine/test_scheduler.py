@@ -319,6 +319,7 @@ def test_youngest_row_is_preempted(engine):
     """When blocks run out, the row that came last goes back to the front of the queue, and comes back first."""
     engine.pool, engine.max_model_len = BlockPool(9, 2, False), 14
     engine.scheduler = Scheduler(engine.pool, 3, 30)
+    engine.scheduler.all_known = False  # else rows would come at the pace of the blocks
     engine.runner = Device(3, 30, 9, 2, 0)
     params = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
     for name, token in (("old", 3), ("middle", 4), ("young", 5), ("waiting", 6)):
