@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import json
 import queue
 import threading
 import time
@@ -257,13 +255,7 @@ def sampling_defaults(value: SamplingParams | Mapping[str, Any] | None) -> dict[
 
 
 def as_mapping(params: Any) -> Any:
-    """What SamplingParams set, or their JSON text; parameters that are neither come back as they are.
-
-    JSON is what a processor makes of the `sampling_params` that its preprocess returned, for the next one to read.
-    """
-    if isinstance(params, str):
-        with contextlib.suppress(ValueError, RecursionError):
-            return json.loads(params)
+    """What SamplingParams set; parameters that are none come back as they are."""
     return params.model_dump(exclude_unset=True) if isinstance(params, SamplingParams) else params
 
 

@@ -246,20 +246,6 @@ def test_row_sampling_params_complete_the_defaults(llm, model_path, engine_kwarg
     assert SamplingParams.model_validate_json(encoded.column(col.PARAMS)[0].as_py()).max_tokens is None
 
 
-def test_a_processor_reads_the_sampling_params_of_the_one_before(llm, model_path, engine_kwargs):
-    """What its preprocess returned passes through, as JSON."""
-
-    def preprocess(row):
-        return {"prompt": row["text"], "sampling_params": {"max_tokens": row["n"], "stop_token_ids": []}}
-
-    table = pa.table({"text": ["a", "bc"], "n": [2, 3]})
-    once = pa.concat_tables(run(llm, prepare(model_path, engine_kwargs, preprocess), table))
-    stage = prepare(model_path, engine_kwargs, lambda row: {"prompt": row["generated_text"] or "a"})
-    for done in (once, pa.concat_tables(run(llm, stage, once))):
-        assert done["error_message"].to_pylist() == [None, None]
-        assert done["num_generated_tokens"].to_pylist() == done["n"].to_pylist()
-
-
 def test_a_sampling_params_object_completes_the_defaults(model_path, engine_kwargs):
     for value, expected in ((SamplingParams(top_k=5), (5, 8, 0)), (SamplingParams(max_tokens=None), (0, None, 0))):
         stage = prepare(model_path, engine_kwargs, lambda row, v=value: {"prompt": "a", "sampling_params": v})
