@@ -52,7 +52,8 @@ def main() -> None:
     asked = parser.parse_args()
     contexts = [int(n) for n in asked.contexts.split(",") if n]
     most = max([4096, *contexts])
-    llm = LLM(asked.model, load_format="dummy", skip_tokenizer_init=True, max_model_len=most)
+    stretched = {"max_position_embeddings": most}  # of random weights nothing is expected there
+    llm = LLM(asked.model, load_format="dummy", skip_tokenizer_init=True, max_model_len=most, hf_overrides=stretched)
     vocab, pool, lines = llm.engine.info.vocab_size, llm.engine.pool, []
     warm = workloads.warmup(vocab)
     run(llm, warm.prompts, warm.out_lens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import queue
 import threading
 import time
@@ -11,14 +12,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
+import ray
 from ray.data.block import DataBatch
 
 from rayinfer.config import EngineConfig
 from rayinfer.engine_process import EngineProcess
 from rayinfer.errors import ErrorType, RowError
+from rayinfer.host import num_cores
 from rayinfer.processors import columns as col
 from rayinfer.processors.drain import DrainWatch
-from rayinfer.processors.ray_compat import keep_yielded_blocks, take_rows, task_attempt, to_arrow
+from rayinfer.processors.ray_compat import in_task, keep_yielded_blocks, take_rows, task_attempt, to_arrow
 from rayinfer.processors.stats import report_every_second
 from rayinfer.request import EncodedRow, RequestOutput
 from rayinfer.sampling import SamplingParams
@@ -30,6 +33,7 @@ INPUTS = ("messages", "prompt", "prompt_token_ids")
 MIN_ROWS_PER_BLOCK = 4
 MIN_BLOCK_SECONDS = 0.05
 BLOCK_SECONDS = 1.0  # a finished row waits no longer for others to share its block
+MAX_WARM = 16  # workers: Ray hands out tasks so slowly that few of the last stage's run at once
 
 keep_yielded_blocks()
 
@@ -83,6 +87,8 @@ class LLMProcessor:
         self._asked = [name for name in col.WHEN_ASKED if self._defaults.get(name) is not None]
         self._config = EngineConfig.parse(model=model, **engine_kwargs)
         self._template = chat_template, chat_template_kwargs
+        for _ in range(min(MAX_WARM, num_cores() // 2) if in_task() else 0):
+            _warm.remote()
         self._engine = engine or EngineProcess(self._config)
         self._done: queue.SimpleQueue[_Done] | None = queue.SimpleQueue() if any_rows else None
         self._turn, self._gathering = threading.Condition(), False  # for any_rows: the call that makes a block
@@ -228,6 +234,15 @@ class LLMProcessor:
                 if (error := col.error_of(row)) is not None:
                     col.raise_row(error, col.to_rows(source.table.slice(index, 1))[0][0], index)
         return col.with_columns(take_rows(source.table, list(results)), col.table_of(rows, source.columns))
+
+
+@ray.remote(num_cpus=0)
+def _warm() -> None:
+    """Import in a worker, while the engine is loaded, what the last stage needs.
+
+    All rows may end at once, those that were planned so do: then a cold worker for each block takes 1 to 2 s.
+    """
+    importlib.import_module("rayinfer.processors.stages")
 
 
 @dataclass(frozen=True, eq=False)
