@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,14 @@ def prompt_ids(name: str, tokenizer: Any, rows: list[dict[str, Any]]) -> list[li
         texts = [tokenizer.apply_chat_template(messages(r), tokenize=False, add_generation_prompt=True) for r in rows]
         return tokenizer(texts, add_special_tokens=False)["input_ids"]
     return tokenizer([BASE_PROMPT.format(text=row["text"]) for row in rows])["input_ids"]
+
+
+def params_of(out_lens: Iterable[int], temperature: float = 0.0) -> list[Any]:
+    """SamplingParams of rows that yield so many tokens each, whatever these are."""
+    from rayinfer import SamplingParams
+
+    common = {"temperature": temperature, "ignore_eos": True, "detokenize": False}
+    return [SamplingParams(max_tokens=num, **common) for num in out_lens]
 
 
 def start_clock() -> Any:

@@ -12,11 +12,11 @@ import sys
 import time
 
 import torch
-from common import ROOT, table
+from common import ROOT, params_of, table
 
 sys.path.insert(0, str(ROOT))
 
-from rayinfer import LLM, SamplingParams
+from rayinfer import LLM
 from rayinfer.bench import workloads
 from rayinfer.runner import graphs
 
@@ -38,10 +38,7 @@ def main() -> None:
     vocab = llm.engine.info.vocab_size
     for work in (workloads.warmup(vocab), *workloads.parse(asked.workloads, vocab)):
         rows = [{"prompt_token_ids": ids} for ids in work.prompts]
-        params = [
-            SamplingParams(max_tokens=n, temperature=work.temperature, ignore_eos=True, detokenize=False)
-            for n in work.out_lens
-        ]
+        params = params_of(work.out_lens, work.temperature)
         first: list[list[int]] = []
         for most in [int(n) for n in asked.most.split(",")] * asked.times:
             llm.reset_prefix_cache()

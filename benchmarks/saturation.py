@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, start_clock, table
+from common import ROOT, params_of, start_clock, table
 
 sys.path.insert(0, str(ROOT))
 
@@ -46,10 +46,7 @@ def run_llm(asked: argparse.Namespace) -> Timing:
     timing = {"start": time.perf_counter() - start}
     work = load(asked)
     for rows in (warmup(1000), work):
-        params = [
-            rayinfer.SamplingParams(max_tokens=n, temperature=0, ignore_eos=True, detokenize=False)
-            for n in rows.out_lens
-        ]
+        params = params_of(rows.out_lens)
         begin = time.perf_counter()
         outputs = llm.generate([{"prompt_token_ids": ids} for ids in rows.prompts], params, use_tqdm=False)
         timing["seconds"] = time.perf_counter() - begin

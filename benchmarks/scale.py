@@ -16,11 +16,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from common import ROOT, table
+from common import ROOT, params_of, table
 
 sys.path.insert(0, str(ROOT))
 
-from rayinfer import LLM, SamplingParams
+from rayinfer import LLM
 from rayinfer.bench import workloads
 
 NUM_OUT = 128
@@ -28,7 +28,7 @@ NUM_OUT = 128
 
 def run(llm: LLM, prompts: Sequence[list[int]], lens: Sequence[int]) -> tuple[float, int]:
     """Seconds and steps."""
-    params = [SamplingParams(max_tokens=n, temperature=0, ignore_eos=True, detokenize=False) for n in lens]
+    params = params_of(lens)
     llm.reset_prefix_cache()
     steps, start = llm.engine.snapshot().num_steps, time.perf_counter()
     llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, gguf_path, load_rows, messages, table
+from common import ROOT, gguf_path, load_rows, messages, params_of, table
 
 sys.path.insert(0, str(ROOT))
 
@@ -71,10 +71,7 @@ def random_weights(asked: argparse.Namespace) -> list[list[str]]:
     lines = []
     for work in (workloads.warmup(vocab), *workloads.parse(asked.workloads, vocab)):
         rows = [{"prompt_token_ids": ids} for ids in work.prompts]
-        params = [
-            SamplingParams(max_tokens=n, temperature=work.temperature, ignore_eos=True, detokenize=False)
-            for n in work.out_lens
-        ]
+        params = params_of(work.out_lens, work.temperature)
         line = compare(llm, work.name, lambda r=rows, p=params: llm.generate(r, p, use_tqdm=False), asked.times)
         print(line, flush=True)
         lines.append(line)
