@@ -96,7 +96,11 @@ class Census:
     def units_left(self, done: RowSet) -> list[Unit]:
         """What must be read for the rows that are not done."""
         missing = ((unit, done.missing(unit.first_number, unit.first_number + unit.num_rows)) for unit in self.units)
-        return [replace(unit, wanted=pack_rows(rows)) for unit, rows in missing if len(rows)]
+        return [
+            unit if len(rows) == unit.num_rows else replace(unit, wanted=pack_rows(rows))
+            for unit, rows in missing
+            if len(rows)
+        ]
 
     def dataset(self, units: list[Unit]) -> ray.data.Dataset:
         """The rows of units as a Ray dataset: one read task for each unit, streamed in blocks of CHUNK_ROWS rows."""
@@ -206,7 +210,8 @@ def table_library(place: str, format: str) -> Any:
     try:
         return importlib.import_module(f"rayinfer.pipelines.{format}")
     except ImportError as error:
-        raise ConfigError(f"{place}.format: {error.name} is not installed: pip install 'rayinfer[{format}]'") from None
+        text = f"{error.name} is not installed; pip install 'rayinfer[{format}]'"
+        raise ConfigError(f"{place}.format = {format!r}: {text}") from None
 
 
 def _relative(file: str, root: str) -> str:

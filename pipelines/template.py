@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from jinja2 import StrictUndefined, TemplateSyntaxError, meta, nodes
@@ -55,6 +56,12 @@ class PromptTemplate:
     def __reduce__(self) -> tuple[Any, ...]:
         return PromptTemplate, self._given  # compiled templates do not pickle
 
+    @cached_property
+    def _names(self) -> list[str]:
+        """All that may be a column."""
+        trees = [_ENVIRONMENT.parse(text) for text in self._sources.values()]
+        return sorted(set().union(*(meta.find_undeclared_variables(tree) | _keys_of_row(tree) for tree in trees)))
+
     def check_columns(self, columns: Sequence[str]) -> None:
         """Raise ConfigError for a name that is no column of the source."""
         for place, text in self._sources.items():
@@ -81,9 +88,7 @@ class PromptTemplate:
         try:
             texts = [_ENVIRONMENT.render(template, {ROW_NAME: row, **row}) for template in self._compiled]
         except RowError as error:
-            trees = [_ENVIRONMENT.parse(text) for text in self._sources.values()]
-            named = sorted(set().union(*(meta.find_undeclared_variables(tree) | _keys_of_row(tree) for tree in trees)))
-            null = ", ".join(name for name in named if row.get(name, "") is None) or "something in a value"
+            null = ", ".join(name for name in self._names if row.get(name, "") is None) or "something in a value"
             raise RowError(error.type, f"{error}; null in this row: {null}") from None
         except Exception as error:
             raise RowError(ErrorType.TEMPLATE_ERROR, f"the template raised {describe(error, row)}") from None
