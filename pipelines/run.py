@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import ray
@@ -39,6 +39,9 @@ from rayinfer.pipelines.template import PromptTemplate
 from rayinfer.processors import EngineProcessorConfig, Processor, StatsBoard
 from rayinfer.processors.ray_compat import finished_blocks
 
+if TYPE_CHECKING:
+    from rayinfer.inputs import InputProcessor
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -51,6 +54,7 @@ class Plan:
     schema: pa.Schema  # of the output
     log: CommitLog | None  # of the same job's earlier runs; None: it begins
     marker: dict[str, Any] | None  # of the success that the log tells of
+    inputs: InputProcessor | None  # of the model on a CPU; None: nothing is left to do
     table: Table | None = None  # that follows the log; None: the sink is files alone
     overwrite: bool = False  # another job's output
     replay: bool = False  # the failed rows of a job that is complete
@@ -83,18 +87,15 @@ def prepare(spec: JobSpec, *, overwrite: bool = False, replay: bool = False) -> 
     table, schema = open_table(spec.sink, store), output_schema(census, spec, same["format"])
     if table is not None:
         schema = table.fit(schema)
-    if marker is None:
-        from rayinfer.inputs import load_tokenizer  # not for a job that is complete: transformers costs seconds
-        from rayinfer.models.load import inspect_model
+    inputs = None
+    if marker is None or (replay and marker["num_failed"]):
+        from rayinfer.inputs import InputProcessor  # not for a job that is complete: transformers costs seconds
 
-        on_cpu = spec.model.model_copy(update={"device": "cpu"})  # the driver may be a machine without a GPU
-        inspect_model(on_cpu)
-        if spec.messages is not None:
-            tokenizer = load_tokenizer(on_cpu)
-            if tokenizer is None or not tokenizer.chat_template:
-                raise ConfigError(f"messages: model {spec.model.model!r} has no chat template; write `prompt` instead")
+        inputs = InputProcessor(spec.model.model_copy(update={"device": "cpu"}))  # the driver may have no GPU
+        if spec.messages is not None and not getattr(inputs.tokenizer, "chat_template", None):
+            raise ConfigError(f"messages: model {spec.model.model!r} has no chat template; write `prompt` instead")
     replay = replay and marker is not None  # else the rows of an earlier replay are still to do
-    return Plan(spec, store, same, census, schema, log, marker, table, overwrite, replay)
+    return Plan(spec, store, same, census, schema, log, marker, inputs, table, overwrite, replay)
 
 
 def read_marker(store: Store, log: CommitLog) -> dict[str, Any] | None:
@@ -367,7 +368,8 @@ def _dataset(plan: Plan, board: Any, log: CommitLog | None) -> ray.data.Dataset:
         sampling_params=spec.sampling, on_error=spec.on_error, **spec.processor.model_dump(exclude_none=True),
     )  # fmt: skip
     # any_rows: the rows that Ray doubles or loses for it are found by number.
-    processor = Processor(config, RenderPrompt(spec.template()), stats_actor=board, any_rows=True)
+    preprocess = RenderPrompt(spec.template())
+    processor = Processor(config, preprocess, stats_actor=board, any_rows=True, inputs=plan.inputs)
     units = plan.census.units_left(log.done) if log and log.num_missing else plan.census.units
     return processor(plan.census.dataset(units))
 

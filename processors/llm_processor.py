@@ -87,9 +87,9 @@ class LLMProcessor:
         self._asked = [name for name in col.WHEN_ASKED if self._defaults.get(name) is not None]
         self._config = EngineConfig.parse(model=model, **engine_kwargs)
         self._template = chat_template, chat_template_kwargs
+        self._engine = engine or EngineProcess(self._config)
         for _ in range(min(MAX_WARM, num_cores() // 2) if in_task() else 0):
             _warm.remote()
-        self._engine = engine or EngineProcess(self._config)
         self._done: queue.SimpleQueue[_Done] | None = queue.SimpleQueue() if any_rows else None
         self._turn, self._gathering = threading.Condition(), False  # for any_rows: the call that makes a block
         self._num_brought = self._num_given = 0  # rows of all calls
@@ -238,7 +238,7 @@ class LLMProcessor:
 
 @ray.remote(num_cpus=0)
 def _warm() -> None:
-    """Import in a worker, while the engine is loaded, what the last stage needs.
+    """Import in a worker, while the engine has its first rows, what the last stage needs.
 
     All rows may end at once, those that were planned so do: then a cold worker for each block takes 1 to 2 s.
     """

@@ -6,7 +6,7 @@ import math
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
 
@@ -19,6 +19,9 @@ from rayinfer.processors.functions import RowFunction
 from rayinfer.processors.llm_processor import LLMProcessor
 from rayinfer.processors.ray_compat import bear_slow_engines, cluster_resources, map_blocks
 from rayinfer.processors.stages import Prepare, finish
+
+if TYPE_CHECKING:
+    from rayinfer.inputs import InputProcessor
 
 
 def build_processor(
@@ -63,6 +66,7 @@ class Processor:
     postprocess_map_kwargs: dict[str, Any] = field(default_factory=dict)
     stats_actor: Any = None
     any_rows: bool = False  # see LLMProcessor; only for a caller who checks the result by key
+    inputs: InputProcessor | None = None  # of the model on a CPU, if the caller has one
 
     def __call__(self, dataset: Dataset) -> Dataset:
         """Add the three stages to a dataset's plan, after a look at the model's files and the cluster's resources.
@@ -80,7 +84,7 @@ class Processor:
         if engine.device == "auto":
             engine = engine.model_copy(update={"device": "cuda" if num_gpus else "cpu"})
         on_cpu = engine.model_copy(update={"device": "cpu"})  # of what needs no weights
-        InputProcessor(on_cpu)
+        info = (self.inputs or InputProcessor(on_cpu)).info
         batch_size, num_calls = rows_in_flight(engine, config)
         names = ("sampling_params", "on_error", "chat_template", "chat_template_kwargs")
         common, seconds = {name: getattr(config, name) for name in names}, config.function_timeout_s
@@ -88,7 +92,7 @@ class Processor:
         prepare: dict[str, Any] = {"num_cpus": prepare_cpus} | self.preprocess_map_kwargs
         prepare.setdefault("compute", actor_pool(prepare.pop("concurrency", config.tokenizer_concurrency)))
         own: dict[str, Any] = {"preprocess": self.preprocess, "batch_size": batch_size, "seconds": seconds}
-        prepare["fn_constructor_kwargs"] = {"engine": on_cpu, **own, **common}
+        prepare["fn_constructor_kwargs"] = {"engine": on_cpu, "info": info, **own, **common}
         dataset = dataset.map_batches(Prepare, batch_size=4 * batch_size, batch_format="pyarrow", **prepare)
         low, high = bounds(config.concurrency)
         options = config.model_dump(include={"accelerator_type", "runtime_env"}, exclude_none=True)

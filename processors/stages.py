@@ -1,11 +1,13 @@
 """The CPU stages around the engine: the user's functions, chat template and tokenizer, and the result's columns."""
 
+from __future__ import annotations
+
 import contextlib
 import itertools
 import json
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +19,9 @@ from rayinfer.processors.functions import RowFunction, call_all, failed, utf8
 from rayinfer.processors.llm_processor import INPUTS, as_mapping, sampling_defaults, with_defaults
 from rayinfer.processors.ray_compat import take_rows
 from rayinfer.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from rayinfer.models.model import ModelInfo
 
 PREFIX_TOKENS = 4096  # of a prompt are compared
 
@@ -30,11 +35,12 @@ class Prepare:
         self, engine: EngineConfig, preprocess: RowFunction | None,
         sampling_params: SamplingParams | Mapping[str, Any], chat_template: str | None,
         chat_template_kwargs: Mapping[str, Any], batch_size: int, on_error: str, seconds: float = 600.0,
+        info: ModelInfo | None = None,
     ):  # fmt: skip
         from rayinfer.chat import ControlTokens
         from rayinfer.inputs import InputProcessor
 
-        self._inputs = InputProcessor(engine, chat_template, chat_template_kwargs)
+        self._inputs = InputProcessor(engine, chat_template, chat_template_kwargs, info)
         self._preprocess = preprocess
         renders: Any = preprocess
         if hasattr(renders, "control_tokens") and self._inputs.tokenizer is not None:  # a template of its own

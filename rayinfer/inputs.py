@@ -13,7 +13,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from rayinfer.chat import START, ChatTemplate, encode_marked, unmarked
 from rayinfer.config import EngineConfig
 from rayinfer.errors import ConfigError, ErrorType, RowError, describe
-from rayinfer.models.load import inspect_model
 from rayinfer.models.model import ModelInfo
 from rayinfer.request import EncodedRow
 from rayinfer.sampling import SamplingParams
@@ -57,7 +56,11 @@ class InputProcessor:
         self, config: EngineConfig, chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None, info: ModelInfo | None = None,
     ):  # fmt: skip
-        self.info = info or inspect_model(config)
+        if info is None:
+            from rayinfer.models.load import inspect_model  # it imports what runs models: 2 s
+
+            info = inspect_model(config)
+        self.info = info
         self.tokenizer = load_tokenizer(config)
         self.max_model_len = self.info.max_model_len
         self._chat_args = chat_template, dict(chat_template_kwargs or {})

@@ -1,15 +1,19 @@
 """A loaded causal LM as the runner uses it: bind caches and backends once, then forward steps."""
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from rayinfer.attention.base import AttentionBackend, LayerCache, LayerSpec, StepMeta
-from rayinfer.models.paged import PagedState
+
+if TYPE_CHECKING:
+    from rayinfer.models.paged import PagedState
 
 
 @dataclass(frozen=True)
