@@ -54,10 +54,10 @@ class Plan:
     schema: pa.Schema  # of the output
     log: CommitLog | None  # of the same job's earlier runs; None: it begins
     marker: dict[str, Any] | None  # of the success that the log tells of
-    inputs: InputProcessor | None  # of the model on a CPU; None: nothing is left to do
     table: Table | None = None  # that follows the log; None: the sink is files alone
     overwrite: bool = False  # another job's output
     replay: bool = False  # the failed rows of a job that is complete
+    inputs: InputProcessor | None = None  # of the model on a CPU; None: nothing is left to do
 
 
 def prepare(spec: JobSpec, *, overwrite: bool = False, replay: bool = False) -> Plan:
@@ -95,7 +95,7 @@ def prepare(spec: JobSpec, *, overwrite: bool = False, replay: bool = False) -> 
         if spec.messages is not None and not getattr(inputs.tokenizer, "chat_template", None):
             raise ConfigError(f"messages: model {spec.model.model!r} has no chat template; write `prompt` instead")
     replay = replay and marker is not None  # else the rows of an earlier replay are still to do
-    return Plan(spec, store, same, census, schema, log, marker, inputs, table, overwrite, replay)
+    return Plan(spec, store, same, census, schema, log, marker, table, overwrite, replay, inputs)
 
 
 def read_marker(store: Store, log: CommitLog) -> dict[str, Any] | None:
@@ -368,8 +368,7 @@ def _dataset(plan: Plan, board: Any, log: CommitLog | None) -> ray.data.Dataset:
         sampling_params=spec.sampling, on_error=spec.on_error, **spec.processor.model_dump(exclude_none=True),
     )  # fmt: skip
     # any_rows: the rows that Ray doubles or loses for it are found by number.
-    preprocess = RenderPrompt(spec.template())
-    processor = Processor(config, preprocess, stats_actor=board, any_rows=True, inputs=plan.inputs)
+    processor = Processor(config, RenderPrompt(spec.template()), stats_actor=board, any_rows=True, inputs=plan.inputs)
     units = plan.census.units_left(log.done) if log and log.num_missing else plan.census.units
     return processor(plan.census.dataset(units))
 

@@ -40,6 +40,9 @@ END_S = 10.0  # for a process to end by itself
 MAX_FAILED_STARTS = 3  # one after the other
 MIN_FREE_MEMORY = 0.05  # of the machine's, or the container's; while less is free, the engine gets ever fewer rows
 MEMORY_S = 10.0  # between two looks
+# Turns for which a thread of libgomp (torch's on a CPU) waits busily for the others. Its own 300,000 are longer than a
+# time slice: beside another program that keeps the cores busy, threads that wait kept those that work from running.
+SPINS = "10000"
 _NO_LIMIT = 2**30
 _GAUGES = ("num_running", "num_waiting", "kv_usage")
 
@@ -264,7 +267,8 @@ class _Child:
         fds = its_inbox.fileno(), its_outbox.fileno(), self._dump.fileno()
         path = [folder or os.getcwd() for folder in sys.path]
         code = f"import sys; sys.path[:] = {path!r}; from rayinfer.engine_child import main; main{(*fds, os.getpid())}"
-        self._process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL, pass_fds=fds)
+        env = {"GOMP_SPINCOUNT": SPINS, **os.environ}
+        self._process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL, pass_fds=fds, env=env)
         its_inbox.close()
         its_outbox.close()
         self.send(config)

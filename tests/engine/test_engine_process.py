@@ -133,6 +133,7 @@ def _child(engine: EngineProcess) -> psutil.Process:
 def test_many_threads_and_a_death(make_engine, want, monkeypatch):
     """Rows of several callers, a row that is refused, a killed process, little memory, an end in between."""
     engine = make_engine("def strike(runner, plan, number): time.sleep(0.02)", block_size=4)
+    assert _child(engine).environ()["GOMP_SPINCOUNT"] == engine_process.SPINS
     waiters = [Waiter(_rows(PROMPTS[at : at + 3])) for at in range(0, 24, 3)]
     start = threading.Barrier(len(waiters))
 
