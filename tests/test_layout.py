@@ -23,8 +23,9 @@ MUST_NOT = {
     "pipelines": set(),
 }
 
-# Ray's core is told to be quiet by a variable, and in no other way. Nothing of ours is configured so.
-MAY_USE_ENVIRONMENT = {"pipelines/run.py"}
+# Ray's core is told to be quiet by a variable, and libgomp how long to wait, both in no other way. Nothing of ours is
+# configured so.
+MAY_USE_ENVIRONMENT = {"pipelines/run.py", "rayinfer/engine_process.py"}
 
 
 def python_files(folder: Path) -> list[Path]:
