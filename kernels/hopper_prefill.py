@@ -33,18 +33,16 @@ _BLOCK_M = 128  # two groups compute, 64 each: what one wgmma takes
 @gluon.jit
 def _item(item, rows, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
     """Row and KV head of a query tile, its first query, and the KV tiles that it sees: none for tiles past the row."""
-    seq_lens_ptr, query_start_ptr, num_tiles_m, num_kv_heads, num_rows = rows
-    # The last tile of a row sees the most keys: these start first, and each program gets as many long ones.
-    pair = item % (num_kv_heads * num_rows)
-    tile_m = num_tiles_m - 1 - item // (num_kv_heads * num_rows)
-    row = pair // num_kv_heads
+    order_ptr, seq_lens_ptr, query_start_ptr, num_kv_heads, num_rows, _num_items = rows
+    place = gl.load(order_ptr + item // num_kv_heads)
+    row = place % num_rows
     start = gl.load(query_start_ptr + row)
     num_queries = gl.load(query_start_ptr + row + 1) - start
     seq_len = gl.load(seq_lens_ptr + row)
-    first_query = tile_m * (BLOCK_M // GROUP)
+    first_query = place // num_rows * (BLOCK_M // GROUP)
     last_pos = seq_len - num_queries + gl.minimum(first_query + BLOCK_M // GROUP, num_queries) - 1
     num_tiles = gl.where(first_query < num_queries, last_pos // BLOCK_N + 1, 0)
-    return row.to(gl.int64), (pair % num_kv_heads).to(gl.int64), start, num_queries, seq_len, first_query, num_tiles
+    return row.to(gl.int64), (item % num_kv_heads).to(gl.int64), start, num_queries, seq_len, first_query, num_tiles
 
 
 @gluon.jit
@@ -67,7 +65,7 @@ def _produce(source, rows, buffers, GROUP: gl.constexpr, PAGE: gl.constexpr, BLO
     LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [_THREADS // 32, 1], [1, 0])
     n_N = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, LOAD))
     turn = 0
-    for item in range(gl.program_id(0), rows[2] * rows[3] * rows[4], gl.num_programs(0)):
+    for item in range(gl.program_id(0), rows[5], gl.num_programs(0)):
         row, kv_head, _, _, seq_len, _, num_tiles = _item(item, rows, GROUP, BLOCK_M, BLOCK_N)
         k_head_ptr = k_ptr + kv_head * k_strides[2]
         v_head_ptr = v_ptr + kv_head * v_strides[2]
@@ -129,7 +127,7 @@ def _consume(target, rows, scale, q_smem, buffers, GROUP: gl.constexpr, HALF: gl
     row_M = HALF * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, SCORE))
     zero_MN = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, layout=SCORE)
     turn = 0
-    for item in range(gl.program_id(0), rows[2] * rows[3] * rows[4], gl.num_programs(0)):
+    for item in range(gl.program_id(0), rows[5], gl.num_programs(0)):
         _row, kv_head, start, num_queries, seq_len, first_query, num_tiles = _item(
             item, rows, GROUP, 2 * BLOCK_M, BLOCK_N
         )
@@ -181,13 +179,13 @@ def _consume(target, rows, scale, q_smem, buffers, GROUP: gl.constexpr, HALF: gl
 
 # These vary from step to step: a value that is 1 or a multiple of 16, or another alignment, would compile anew.
 @gluon.jit(
-    do_not_specialize=["table_stride", "num_tiles_m", "num_rows"],
-    do_not_specialize_on_alignment=["table_ptr", "seq_lens_ptr", "query_start_ptr"],
+    do_not_specialize=["table_stride", "num_rows", "num_items"],
+    do_not_specialize_on_alignment=["table_ptr", "order_ptr", "seq_lens_ptr", "query_start_ptr"],
 )
 def _hopper_prefill_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, table_ptr, seq_lens_ptr, query_start_ptr, q_strides, out_strides, table_stride,
-    k_strides, v_strides, scale, num_tiles_m, num_kv_heads, num_rows, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr,
-    PAGE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    q_ptr, k_ptr, v_ptr, out_ptr, table_ptr, order_ptr, seq_lens_ptr, query_start_ptr, q_strides, out_strides,
+    table_stride, k_strides, v_strides, scale, num_kv_heads, num_rows, num_items, GROUP: gl.constexpr,
+    HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     KV: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
@@ -205,17 +203,15 @@ def _hopper_prefill_kernel(
         mbarrier.init(v_full.index(i), count=_THREADS)
         mbarrier.init(k_empty.index(i), count=2)
         mbarrier.init(v_empty.index(i), count=2)
-    rows = (seq_lens_ptr, query_start_ptr, num_tiles_m, num_kv_heads, num_rows)
+    rows = (order_ptr, seq_lens_ptr, query_start_ptr, num_kv_heads, num_rows, num_items)
     buffers = (k_smem, v_smem, k_full, k_empty, v_full, v_empty)
     source = (k_ptr, v_ptr, table_ptr, table_stride, k_strides, v_strides)
     target = (q_ptr, out_ptr, q_strides, out_strides)
-    q0_smem = q_smem.index(0)
-    q1_smem = q_smem.index(1)
     # Registers of a thread: those that compute get 208, those that copy what is left of 3 * 168.
     gl.warp_specialize(
         [
-            (_consume, (target, rows, scale, q0_smem, buffers, GROUP, 0)),
-            (_consume, (target, rows, scale, q1_smem, buffers, GROUP, 1)),
+            (_consume, (target, rows, scale, q_smem.index(0), buffers, GROUP, 0)),
+            (_consume, (target, rows, scale, q_smem.index(1), buffers, GROUP, 1)),
             (_produce, (source, rows, buffers, GROUP, PAGE, BLOCK_M)),
         ],
         [4, 4],
@@ -234,10 +230,27 @@ def takes(q_THD: torch.Tensor, sliding_window: int | None, softcap: float | None
     return q_THD.shape[2] in (64, 128) and q_THD.element_size() == 2 and not sliding_window and not softcap
 
 
+def order_of_tiles(
+    seq_lens_R: torch.Tensor, query_start_R1: torch.Tensor, num_tiles: int, tile_size: int, block_n: int
+) -> torch.Tensor:
+    """Query tiles of `tile_size` tokens, those that see the most KV tiles first, and those past their rows last.
+
+    Programs take every n-th tile, so each gets as many long ones, in whatever order rows of different lengths come.
+
+    Returns:
+        int32 [num_tiles * R], tile * R + row.
+    """
+    num_queries_R = query_start_R1.diff()
+    first_N1 = torch.arange(0, num_tiles * tile_size, tile_size, device=seq_lens_R.device)[:, None]
+    end_NR = seq_lens_R - num_queries_R + torch.minimum(first_N1 + tile_size, num_queries_R)
+    seen_NR = torch.where(first_N1 < num_queries_R, (end_NR - 1) // block_n, -1)
+    return seen_NR.flatten().argsort(descending=True, stable=True).int()
+
+
 def hopper_prefill(
     q_THD: torch.Tensor, k_NSKD: torch.Tensor, v_NSKD: torch.Tensor, block_table_RP: torch.Tensor,
-    seq_lens_R: torch.Tensor, query_start_R1: torch.Tensor, *, max_query_len: int, scale: float,
-    out_THD: torch.Tensor,
+    seq_lens_R: torch.Tensor, query_start_R1: torch.Tensor, max_query_len: int, scale: float, out_THD: torch.Tensor,
+    scratch: dict[int, torch.Tensor],
 ) -> torch.Tensor:  # fmt: skip
     """`paged_prefill` without window and softcap, for a positive scale and up to 64 query heads a KV head."""
     num_heads, head_dim = q_THD.shape[1:]
@@ -245,11 +258,15 @@ def hopper_prefill(
     group = num_heads // num_kv_heads
     # Short rows are mostly diagonal, where a narrower KV tile wastes less: 155 instead of 121 TFLOP/s at 220 tokens.
     block_n, num_stages = (64, 3) if block_table_RP.shape[1] * page <= 384 else (128, 2)
-    num_tiles = triton.cdiv(max_query_len, _BLOCK_M // group)
-    _hopper_prefill_kernel[(min(num_processors(q_THD.device), num_tiles * num_kv_heads * num_rows),)](
-        q_THD, k_NSKD, v_NSKD, out_THD, block_table_RP, seq_lens_R, query_start_R1, q_THD.stride()[:2],
+    tile_size = _BLOCK_M // group
+    if (order := scratch.get(tile_size)) is None:
+        num_tiles = triton.cdiv(max_query_len, tile_size)
+        order = scratch[tile_size] = order_of_tiles(seq_lens_R, query_start_R1, num_tiles, tile_size, block_n)
+    num_items = len(order) * num_kv_heads
+    _hopper_prefill_kernel[(min(num_processors(q_THD.device), num_items),)](
+        q_THD, k_NSKD, v_NSKD, out_THD, block_table_RP, order, seq_lens_R, query_start_R1, q_THD.stride()[:2],
         out_THD.stride()[:2], block_table_RP.stride(0), k_NSKD.stride()[:3], v_NSKD.stride()[:3], scale * _LOG2E,
-        num_tiles, num_kv_heads, num_rows, GROUP=group, HEAD_DIM=head_dim, PAGE=page, BLOCK_M=_BLOCK_M,
+        num_kv_heads, num_rows, num_items, GROUP=group, HEAD_DIM=head_dim, PAGE=page, BLOCK_M=_BLOCK_M,
         BLOCK_N=block_n, STAGES=num_stages, num_warps=4, maxnreg=168,
     )  # fmt: skip
     return out_THD

@@ -97,7 +97,7 @@ def paged_prefill(
     q_THD: torch.Tensor, k_NSKD: torch.Tensor, v_NSKD: torch.Tensor, block_table_RP: torch.Tensor,
     seq_lens_R: torch.Tensor, query_start_R1: torch.Tensor, *, max_query_len: int, scale: float,
     sliding_window: int | None = None, softcap: float | None = None, out_THD: torch.Tensor | None = None,
-    fixed: bool = False,
+    fixed: bool = False, scratch: dict[int, torch.Tensor] | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Attention of prompt chunks; query i of a row is at position seq_len - query_len + i and sees up to itself.
 
@@ -111,6 +111,7 @@ def paged_prefill(
         scale: factor of q . k; `sliding_window` and `softcap` as in `LayerSpec`.
         out_THD: where to write; a new tensor by default.
         fixed: sums in one order, so that a token's result is the same to the last bit in any batch and chunk.
+        scratch: keeps what is worked out of lengths and starts for calls with the same ones: a step's other layers.
 
     Returns:
         The output, [T, H, D] of q's dtype; accumulation is in float32.
@@ -124,7 +125,7 @@ def paged_prefill(
         return out_THD
     if not fixed and group <= 64 and takes(q_THD, sliding_window, softcap):
         inputs = (q_THD, k_NSKD, v_NSKD, block_table_RP, seq_lens_R, query_start_R1)
-        return hopper_prefill(*inputs, max_query_len=max_query_len, scale=scale, out_THD=out_THD)
+        return hopper_prefill(*inputs, max_query_len, scale, out_THD, {} if scratch is None else scratch)
     block_d = max(16, triton.next_power_of_2(head_dim))
     block_m, block_n, num_warps, num_stages = _launch_shape(block_d, q_THD.element_size(), group, max_query_len, fixed)
     num_tiles = triton.cdiv(max_query_len, block_m // group)

@@ -22,11 +22,9 @@ def _refuse_none(value: Any) -> Any:
     return value
 
 
-def _json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, indent=indent, ensure_ascii=False)  # as chat templates do: Jinja2's own is for HTML
-
-
-_ENVIRONMENT = Sandbox({"tojson": _json}, undefined=StrictUndefined, finalize=_refuse_none, keep_trailing_newline=True)
+# As chat templates write JSON: Jinja2's own is for HTML.
+_FILTERS = {"tojson": lambda value, indent=None: json.dumps(value, indent=indent, ensure_ascii=False)}
+_ENVIRONMENT = Sandbox(_FILTERS, undefined=StrictUndefined, finalize=_refuse_none, keep_trailing_newline=True)
 _ENVIRONMENT.globals.clear()  # a name is a column or a mistake
 
 

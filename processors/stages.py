@@ -72,10 +72,12 @@ class Prepare:
             try:
                 if isinstance(new, RowError):
                     raise new
-                packed[index] = _packed(row, new) if new else None
+                packed[index] = pickle.dumps(dict(new), protocol=5) if new else None
                 asked[index] = self._request(row, new)
             except RowError as error:
                 results[index] = error
+            except Exception as error:  # a user's object that does not pickle raises what it likes
+                results[index] = failed(Stage.PREPROCESS, f"raised {describe(error, row)}")
         results |= zip(asked, self._inputs.encode_batch(list(asked.values())), strict=True)
         hidden = []
         for index, result in sorted(results.items()):
@@ -99,13 +101,6 @@ class Prepare:
         if "sampling_params" in new and isinstance(own, Mapping):  # Python's, so a None in it is meant: no max_tokens
             return {**request, "sampling_params": SamplingParams.from_row({**self._defaults, **own})}
         return with_defaults({**request, "sampling_params": own}, self._defaults)
-
-
-def _packed(row: Mapping[str, Any], new: Mapping[str, Any]) -> bytes:
-    try:
-        return pickle.dumps(dict(new), protocol=5)
-    except Exception as error:
-        raise failed(Stage.PREPROCESS, f"raised {describe(error, row)}") from None
 
 
 def by_prefix(token_ids: pa.ChunkedArray) -> list[int]:

@@ -47,12 +47,9 @@ def _refuse(message: str) -> None:
     raise TemplateError(message)
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-
 _EXTENSIONS = [_Generation, "jinja2.ext.loopcontrols"]
-_SANDBOX = Sandbox(filters={"tojson": _to_json}, extensions=_EXTENSIONS, trim_blocks=True, lstrip_blocks=True)
+_FILTERS = {"tojson": lambda value, ensure_ascii=False, **rest: json.dumps(value, ensure_ascii=ensure_ascii, **rest)}
+_SANDBOX = Sandbox(_FILTERS, extensions=_EXTENSIONS, trim_blocks=True, lstrip_blocks=True)
 _SANDBOX.globals.update(raise_exception=_refuse, strftime_now=lambda form: datetime.now().strftime(form))
 
 

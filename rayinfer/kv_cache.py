@@ -9,7 +9,6 @@ ever join a row to another row's KV. (The idea of chained block keys: vLLM's aut
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
 from itertools import count
 
 from rayinfer.request import Request
@@ -82,10 +81,6 @@ class BlockPool:
             block, prefix_id = entry
             found.append(block)
         return found
-
-    def num_free_among(self, blocks: Sequence[int]) -> int:
-        """How many of these known blocks nobody uses (taking them lowers `num_free`)."""
-        return sum(self.ref_count[block] == 0 for block in blocks)
 
     def share(self, request: Request, blocks: list[int]) -> None:
         """Give a row that has no blocks the known ones that `match` found."""

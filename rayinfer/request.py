@@ -144,8 +144,5 @@ class Request:
     def tokens(self, start: int, stop: int) -> Sequence[int]:
         """Known tokens [start, stop) of prompt and output together."""
         num_prompt = len(self.prompt_token_ids)
-        if stop <= num_prompt:
-            return self.prompt_token_ids[start:stop]
-        if start >= num_prompt:
-            return self.output_token_ids[start - num_prompt : stop - num_prompt]
-        return self.prompt_token_ids[start:] + self.output_token_ids[: stop - num_prompt]
+        generated = self.output_token_ids[max(0, start - num_prompt) : max(0, stop - num_prompt)]
+        return self.prompt_token_ids[start:stop] + generated

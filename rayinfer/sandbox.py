@@ -44,11 +44,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
-    def __init__(self, filters: Mapping[str, Callable[..., Any]] | None = None, **options: Any):
+    def __init__(self, filters: dict[str, Callable[..., Any]], **options: Any):
         super().__init__(**options)
         self._spent = threading.local()
-        self.filters |= filters or {}
-        self.filters = {name: self._limited(name, filter) for name, filter in self.filters.items()}
+        self.filters = {name: self._limited(name, filter) for name, filter in (self.filters | filters).items()}
         self.filters |= {"_turns": self._turns, "_weighed": self.weighed}
         self.globals.update(namespace=_Namespace, dict=lambda *args, **kwargs: dict(*args, **kwargs))
         self.globals.pop("lipsum")

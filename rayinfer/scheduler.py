@@ -221,7 +221,9 @@ class Scheduler:
         self, budget: int, paced: bool, decodes: list[Request], chunks: list[tuple[Request, int]]
     ) -> None:  # fmt: skip
         """Let waiting rows in while slots, blocks and budget last, and their pace allows."""
-        if self._full and self._few_free():
+        # Once full, rows are let in again in groups: steps without prompt chunks are cheaper (one CUDA graph each).
+        few_slots = len(self._free_slots) < min(max(1, self.num_slots // 16), len(self.waiting))
+        if self._full and self.running and (few_slots or self.pool.num_free < self.pool.num_blocks // 16):
             return
         self._full = False
         while self.waiting and budget > 0:
@@ -241,8 +243,8 @@ class Scheduler:
             if num_new <= 0:
                 break
             need = -(-(num_known + num_new) // self.pool.block_size) - len(known)
-            reserve = self._reserve if self.running else 0
-            if need + self.pool.num_free_among(known) + reserve > self.pool.num_free:
+            need += sum(self.pool.ref_count[block] == 0 for block in known)  # nobody uses these: they are free, too
+            if need + self._reserve * bool(self.running) > self.pool.num_free:
                 self._full = True
                 break
             self.waiting.popleft()
@@ -262,12 +264,6 @@ class Scheduler:
             # Registered at once, so that the next row of this very step can share the blocks.
             self.pool.register(request, num_known + num_new)
             (decodes.append(request) if num_new == 1 else chunks.append((request, num_new)))
-
-    def _few_free(self) -> bool:
-        """Whether too little is free for a group of rows, while others still run."""
-        # Once full, rows are let in again in groups: steps without prompt chunks are cheaper (one CUDA graph each).
-        few_slots = len(self._free_slots) < min(max(1, self.num_slots // 16), len(self.waiting))
-        return bool(self.running) and (few_slots or self.pool.num_free < self.pool.num_blocks // 16)
 
     def _plan(self, rows: list[Request], num_new: list[int], num_decodes: int) -> StepPlan:
         """Write the step down as arrays and advance the rows' counts."""

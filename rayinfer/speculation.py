@@ -10,6 +10,7 @@ on (seed, position) alone, so drawn rows get the tokens that they would have got
 from collections.abc import Sequence
 
 NGRAM = 3
+MAX_COUNTED = 64  # tokens at the end of a long prompt; more are never guessed at once
 
 
 class Lookup:
@@ -21,10 +22,14 @@ class Lookup:
         self._places: dict[tuple[int, ...], int] = {}
 
     def learn(self, more: Sequence[int]) -> None:
-        """Go on with the text."""
-        tokens, places, old = self.tokens, self._places, len(self.tokens)
+        """Go on with the text. Of a long piece, only what is told right at its end counts: that is much faster."""
+        tokens, places, first = self.tokens, self._places, max(len(self.tokens), NGRAM)
         tokens.extend(more)
-        for end in range(max(old, NGRAM), len(tokens)):
+        if (counted := len(tokens) - MAX_COUNTED) > first:
+            ngrams = zip(*(tokens[first - i : counted - i] for i in range(NGRAM, 0, -1)), strict=True)
+            places.update(zip(ngrams, range(first, counted), strict=True))
+            first, self.streak = counted, 0
+        for end in range(first, len(tokens)):
             ngram = tuple(tokens[end - NGRAM : end])
             place = places.get(ngram)
             self.streak = self.streak + 1 if place is not None and tokens[place] == tokens[end] else 0

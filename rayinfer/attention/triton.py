@@ -79,4 +79,5 @@ class TritonBackend:
             q_THD, cache.k_NSKD, cache.v_NSKD, meta.block_table_RP[rows], meta.seq_lens_R[rows],
             meta.query_start_R1[rows.start :], max_query_len=1 if rows.stop else meta.max_query_len, scale=spec.scale,
             sliding_window=spec.sliding_window, softcap=spec.softcap, out_THD=out_THD, fixed=self.fixed_order,
+            scratch=meta.scratch,
         )  # fmt: skip

@@ -117,8 +117,8 @@ class Runner:
 
     def bytes_per_block(self) -> int:
         """KV bytes of one block over all layers."""
-        item = torch.tensor([], dtype=self.model.dtype).element_size()
-        return sum(2 * self.block_size * spec.num_kv_heads * spec.head_dim * item for spec in self.model.specs)
+        size = 2 * self.block_size * self.model.dtype.itemsize
+        return sum(size * spec.num_kv_heads * spec.head_dim for spec in self.model.specs)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> StepHandle:
@@ -143,8 +143,7 @@ class Runner:
             *arrays, plan.samples, plan.prompt_targets.T, plan.shared_lens, *self.padded_groups(plan)
         )
         inputs, samples_L = Inputs(*views), samples.long()
-        seq_lens = plan.starts + plan.num_new
-        max_seq_len = int(seq_lens.max())
+        max_seq_len = int((plan.starts + plan.num_new).max())
         ids_T, meta = self.prepare(
             inputs, num_decodes=plan.num_decodes, max_seq_len=max_seq_len,
             max_query_len=int(plan.num_new[plan.num_decodes :].max(initial=1)),

@@ -36,7 +36,7 @@ class PoolMachine(RuleBasedStateMachine):
         found = self.pool.match(row, len(tokens) - 1)
         assert len(found) <= (len(tokens) - 1) // SIZE
         need = -(-len(tokens) // SIZE)
-        if need - len(found) + self.pool.num_free_among(found) > self.pool.num_free:
+        if need - len(found) + sum(self.pool.ref_count[block] == 0 for block in found) > self.pool.num_free:
             return
         self.num_made += 1
         for index, block in enumerate(found):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 
 import pytest
 
@@ -137,3 +138,21 @@ def test_drafts_follow_the_last_place(monkeypatch):
     lookup.learn([7])
     assert lookup.guess(9) == []  # 7 was not foreseen
     assert (lookup.streak, len(lookup.tokens)) == (0, 13)
+
+
+@pytest.mark.parametrize(("num_kinds", "seed"), [(1, 0), (2, 1), (3, 2), (5, 3)])
+def test_a_long_text_learned_at_once(num_kinds, seed):
+    """As learned token by token: the same places, and the same drafts from there on."""
+    text = random.Random(seed).choices(range(num_kinds), k=400)
+    whole, parts, one_by_one = Lookup(), Lookup(), Lookup()
+    whole.learn(text)
+    for first, end in ((0, 2), (2, 90), (90, 320), (320, 400)):
+        parts.learn(text[first:end])
+    for token in text:
+        one_by_one.learn([token])
+    for token in [*text[150:200], *range(num_kinds)]:
+        for lookup in (whole, parts):
+            assert lookup._places == one_by_one._places
+            assert lookup.guess(15) == one_by_one.guess(15)
+            lookup.learn([token])
+        one_by_one.learn([token])

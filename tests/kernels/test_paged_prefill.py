@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from rayinfer.kernels.hopper_prefill import order_of_tiles
 from rayinfer.kernels.paged_prefill import paged_prefill
 from tests.kernels.paged import TOLERANCE, make_paged, reference
 
@@ -76,3 +77,21 @@ def test_large_group(device):
 def test_long_rows(heads, kv_heads, dim, dtype, device):
     """Many KV tiles a row and many query tiles: on a Hopper GPU, a pipeline of its own for 16-bit types."""
     _check([(300, 701), (0, 0), (513, 0), (1, 400), (129, 1024)], heads, kv_heads, dim, 16, dtype, device, slack=70)
+
+
+@pytest.mark.parametrize("block_n", [64, 128])
+@pytest.mark.parametrize("lens", [[(300, 701), (0, 0), (513, 0), (1, 400), (129, 1024)], [(64, 0)] * 3, [(1, 0)]])
+def test_order_of_tiles(lens, block_n):
+    """Each query tile of each row once, those that see the most KV tiles first, and those past a row's end last."""
+    size, num_rows = 32, len(lens)
+    start_R1 = torch.tensor([0, *(queries for queries, _ in lens)]).cumsum(0).int()
+    num_tiles = -(-max(queries for queries, _ in lens) // size) + 1
+    seq_lens_R = torch.tensor([queries + context for queries, context in lens]).int()
+    order = order_of_tiles(seq_lens_R, start_R1, num_tiles, size, block_n).tolist()
+    seen = []
+    for place in order:
+        (queries, context), first = lens[place % num_rows], place // num_rows * size
+        keys = [context + query + 1 for query in range(first, min(first + size, queries))]
+        seen.append(-(-max(keys) // block_n) if keys else 0)
+    assert seen == sorted(seen, reverse=True)
+    assert sorted(order) == list(range(num_tiles * num_rows))
