@@ -1,12 +1,14 @@
 """Figure: 28 kinds of faults against real jobs; each row of each job is looked for, by key and by text.
 
-    python -m benchmarks.faults --seeds 5
+    python -m benchmarks.faults --seeds 5 --records runs.jsonl --side-by-side
     python -m benchmarks.faults --kinds "two drivers,poison row" --seeds 20 --records runs.jsonl
 
 A run is one job of a tiny model with one fault, whose kind, place and time a seed picks, until the job is complete (or
 refused, where that is right). Then the table is read without the project's code and compared with the table of a run
 without faults: rows lost, doubled, altered. `rayinfer verify` must say the same, exit codes must be those documented,
 and no engine may be left over. With --records, runs are added to a file, and the table is of all that the file holds.
+With --side-by-side, kinds that wait most of their time (for an engine that hangs, for nodes that were lost) run in a
+second process, with a Ray of its own.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -23,12 +26,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import fault_cluster
-from benchmarks.common import describe_machine, table, write_result
+from benchmarks.common import ROOT, describe_machine, table, write_result
 from benchmarks.fault_kinds import KINDS
 from benchmarks.fault_world import Trial, World, Wrong
 
 COLUMNS = ["kind", "seeds", "on the last commit", "struck", "lost", "doubled", "altered", "wrong", "seconds a run"]
 ALL = {**KINDS, **fault_cluster.KINDS}
+WAITING = ["hung step", *fault_cluster.KINDS]
 
 
 def play(world: World, kind: str, seed: int) -> dict[str, Any]:
@@ -57,6 +61,10 @@ def play(world: World, kind: str, seed: int) -> dict[str, Any]:
 def latest(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The last run of each kind and seed."""
     return list({(record["kind"], record["seed"]): record for record in records}.values())
+
+
+def read(path: Path | None) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path and path.exists() else []
 
 
 def summary(records: list[dict[str, Any]]) -> list[list[Any]]:
@@ -102,6 +110,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--records", type=Path, help="a file that runs are added to")
+    parser.add_argument("--side-by-side", action="store_true", help="see above; wants --records")
     parser.add_argument("--list", action="store_true", help="show the kinds and end")
     options = parser.parse_args()
     console = Console()
@@ -115,11 +124,16 @@ def main() -> int:
         chosen.setdefault(name, []).extend([int(seed)] if seed else seeds)
     if unknown := set(chosen) - set(ALL):
         parser.error(f"unknown kinds {sorted(unknown)}; --list shows them")
+    second = None
+    if options.side_by_side:
+        if options.records is None or options.address:
+            parser.error("--side-by-side: wants --records, for both processes, and no --address")
+        names = ",".join(f"{name}:{seed}" for name in WAITING for seed in chosen.pop(name, ()))
+        command = [sys.executable, "-m", "benchmarks.faults", "--kinds", names, "--records"]
+        second = subprocess.Popen([*command, options.records.resolve()], cwd=ROOT) if names else None
     order = list(ALL)  # those on a cluster come last
     runs = [(kind in fault_cluster.KINDS, seed, order.index(kind)) for kind, some in chosen.items() for seed in some]
-    records = []
-    if options.records and options.records.exists():
-        records = [json.loads(line) for line in options.records.read_text().splitlines()]
+    records = read(options.records)
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
     world = World(folder, address=options.address or "")
     new = []
@@ -142,13 +156,15 @@ def main() -> int:
         (world.nodes.end if world.nodes else world.stop_ray)()
         if not any(record["wrong"] for record in new):
             shutil.rmtree(folder, ignore_errors=True)
+    failed = bool(second and second.wait()) or any(record["wrong"] for record in new)
+    records = read(options.records) or records + new
     shown = Table(*COLUMNS)
-    for row in summary(latest(records + new)):
+    for row in summary(latest(records)):
         shown.add_row(*map(str, row))
     console.print(shown)
     if not options.address:
-        write(records + new)
-    return any(record["wrong"] for record in new)
+        write(records)
+    return failed
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from rayinfer.errors import ErrorType, RowError
 from rayinfer.host import num_cores
 from rayinfer.processors import columns as col
 from rayinfer.processors.drain import DrainWatch
-from rayinfer.processors.ray_compat import in_task, keep_yielded_blocks, take_rows, task_attempt, to_arrow
+from rayinfer.processors.ray_compat import keep_yielded_blocks, take_rows, task_attempt, to_arrow
 from rayinfer.processors.stats import report_every_second
 from rayinfer.request import EncodedRow, RequestOutput
 from rayinfer.sampling import SamplingParams
@@ -33,7 +33,6 @@ INPUTS = ("messages", "prompt", "prompt_token_ids")
 MIN_ROWS_PER_BLOCK = 4
 MIN_BLOCK_SECONDS = 0.05
 BLOCK_SECONDS = 1.0  # a finished row waits no longer for others to share its block
-MAX_WARM = 16  # workers: Ray hands out tasks so slowly that few of the last stage's run at once
 
 keep_yielded_blocks()
 
@@ -66,6 +65,7 @@ class LLMProcessor:
         on_error: "record" makes a failed row an error row; "raise" stops the job with an error that names the row.
         stats_actor: handle of a StatsBoard, told about the engine each second.
         any_rows: calls yield rows of one another; see above.
+        num_warm: workers that are made ready for the stage behind once the engine is there; half the cores at most.
         engine: one that runs already and is shared, with these engine_kwargs.
         engine_kwargs: the other fields of EngineConfig.
 
@@ -80,7 +80,7 @@ class LLMProcessor:
         self, model: str, *, sampling_params: SamplingParams | Mapping[str, Any] | None = None,
         chat_template: str | None = None, chat_template_kwargs: Mapping[str, Any] | None = None,
         on_error: Literal["record", "raise"] = "record", stats_actor: Any = None, any_rows: bool = False,
-        engine: EngineProcess | None = None, **engine_kwargs: Any,
+        num_warm: int = 0, engine: EngineProcess | None = None, **engine_kwargs: Any,
     ):  # fmt: skip
         self._drain = DrainWatch()
         self._defaults, self._on_error = sampling_defaults(sampling_params), on_error
@@ -88,7 +88,7 @@ class LLMProcessor:
         self._config = EngineConfig.parse(model=model, **engine_kwargs)
         self._template = chat_template, chat_template_kwargs
         self._engine = engine or EngineProcess(self._config)
-        for _ in range(min(MAX_WARM, num_cores() // 2) if in_task() else 0):
+        for _ in range(min(num_warm, num_cores() // 2)):
             _warm.remote()
         self._done: queue.SimpleQueue[_Done] | None = queue.SimpleQueue() if any_rows else None
         self._turn, self._gathering = threading.Condition(), False  # for any_rows: the call that makes a block

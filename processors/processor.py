@@ -23,6 +23,8 @@ from rayinfer.processors.stages import Prepare, finish
 if TYPE_CHECKING:
     from rayinfer.inputs import InputProcessor
 
+MAX_WARM = 16  # workers, of all engines: Ray hands out tasks so slowly that few of the last stage's run at once
+
 
 def build_processor(
     config: EngineProcessorConfig, preprocess: RowFunction | None = None, postprocess: RowFunction | None = None,
@@ -98,7 +100,9 @@ class Processor:
         options = config.model_dump(include={"accelerator_type", "runtime_env"}, exclude_none=True)
         options |= {"num_cpus": num_cpus} | ({"num_gpus": num_gpus} if num_gpus else {})
         llm_kwargs = engine.model_dump(exclude_unset=True) | common
-        llm_kwargs |= {"stats_actor": self.stats_actor, "any_rows": self.any_rows}
+        # Workers of another runtime environment would be of no use to the last stage.
+        num_warm = 0 if config.runtime_env else max(1, MAX_WARM // high)
+        llm_kwargs |= {"stats_actor": self.stats_actor, "any_rows": self.any_rows, "num_warm": num_warm}
         if config.engine_pool is not None:
             llm_kwargs["place"] = Membership(config.engine_pool, uuid.uuid4().hex, engine, high, options)
             options = {"num_cpus": 0}

@@ -267,7 +267,8 @@ class _Child:
         fds = its_inbox.fileno(), its_outbox.fileno(), self._dump.fileno()
         path = [folder or os.getcwd() for folder in sys.path]
         code = f"import sys; sys.path[:] = {path!r}; from rayinfer.engine_child import main; main{(*fds, os.getpid())}"
-        env = {"GOMP_SPINCOUNT": SPINS, **os.environ}
+        # A count goes before the policy that a user may have chosen.
+        env = os.environ if "OMP_WAIT_POLICY" in os.environ else {"GOMP_SPINCOUNT": SPINS, **os.environ}
         self._process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL, pass_fds=fds, env=env)
         its_inbox.close()
         its_outbox.close()

@@ -160,9 +160,11 @@ def test_many_threads_and_a_death(make_engine, want, monkeypatch):
     engine.submit(waiter.rows, waiter)
     while not engine._admitted:
         time.sleep(0.01)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")  # what a user chose stays in force
     first.kill()
     outputs = waiter.wait()
     assert ids_of(outputs) == want
+    assert "GOMP_SPINCOUNT" not in _child(engine).environ()
     restarted = [output.num_restarts for output in outputs]
     assert set(restarted) == {0, 1}
     assert sum(restarted) <= 8  # those that ran

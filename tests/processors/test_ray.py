@@ -14,6 +14,7 @@ import ray
 
 from rayinfer import LLM, ConfigError, SamplingParams
 from rayinfer.processors import EngineProcessorConfig, LLMProcessor, StatsBoard, build_processor
+from rayinfer.processors.ray_compat import map_blocks
 
 NUM_ROWS = 40
 BAD_ROWS = {5: {"prompt": ""}, 11: {"prompt": "x" * 300}, 23: {"prompt": "a", "sampling_params": {"top_p": 7}}}
@@ -181,6 +182,20 @@ def test_on_error_raise_stops_the_job(local_ray, model_path, engine_kwargs):
     config = EngineProcessorConfig(model_source=model_path, engine_kwargs=engine_kwargs, batch_size=4, on_error="raise")
     with pytest.raises(Exception, match=r"row \d of its batch, id='(5|11|23)': (INVALID|PROMPT)_"):
         build_processor(config, preprocess=ask)(ray.data.range(NUM_ROWS)).take_all()
+
+
+def test_many_engines_make_no_more_workers_ready_than_one(local_ray, config, monkeypatch):
+    """They are processes of some hundred MB: 16 for each of a node's 8 engines would be too many."""
+    made = []
+
+    def note(dataset, operator, batch_size, **options):
+        made.append(options["fn_constructor_kwargs"]["num_warm"])
+        return map_blocks(dataset, operator, batch_size, **options)
+
+    monkeypatch.setattr("rayinfer.processors.processor.map_blocks", note)
+    for changes in ({}, {"concurrency": (1, 8)}, {"concurrency": 40}, {"runtime_env": {"env_vars": {"A": "1"}}}):
+        build_processor(config.model_copy(update=changes))(ray.data.range(4))
+    assert made == [16, 2, 1, 0]
 
 
 def test_config_errors_name_the_key():
