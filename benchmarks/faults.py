@@ -111,6 +111,7 @@ def main() -> int:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--records", type=Path, help="a file that runs are added to")
     parser.add_argument("--side-by-side", action="store_true", help="see above; wants --records")
+    parser.add_argument("--no-result", action="store_true", help="leave benchmarks/results as it is")
     parser.add_argument("--list", action="store_true", help="show the kinds and end")
     options = parser.parse_args()
     console = Console()
@@ -129,7 +130,7 @@ def main() -> int:
         if options.records is None or options.address:
             parser.error("--side-by-side: wants --records, for both processes, and no --address")
         names = ",".join(f"{name}:{seed}" for name in WAITING for seed in chosen.pop(name, ()))
-        command = [sys.executable, "-m", "benchmarks.faults", "--kinds", names, "--records"]
+        command = [sys.executable, "-m", "benchmarks.faults", "--kinds", names, "--no-result", "--records"]
         second = subprocess.Popen([*command, options.records.resolve()], cwd=ROOT) if names else None
     order = list(ALL)  # those on a cluster come last
     runs = [(kind in fault_cluster.KINDS, seed, order.index(kind)) for kind, some in chosen.items() for seed in some]
@@ -162,7 +163,7 @@ def main() -> int:
     for row in summary(latest(records)):
         shown.add_row(*map(str, row))
     console.print(shown)
-    if not options.address:
+    if not (options.address or options.no_result):
         write(records)
     return failed
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import signal
 import subprocess
 import threading
 import time
@@ -18,7 +17,6 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import yaml
 
 from benchmarks.commit_crashes import Orderly, finished, plan_of
 from rayinfer.pipelines import collect, identity
@@ -55,20 +53,6 @@ def texts(out: Path) -> dict[str, str]:
     return rows
 
 
-@pytest.fixture(scope="module")
-def wholes() -> dict[str, dict[str, str]]:
-    """Texts of a run without a fault, made once."""
-    return {}
-
-
-@pytest.fixture
-def whole(tmp_path, slow_job, wholes, local_ray) -> dict[str, str]:
-    if not wholes:
-        run_job(JobSpec.parse(slow_job("whole")))
-        wholes["texts"] = texts(tmp_path / "whole")
-    return wholes["texts"]
-
-
 @pytest.fixture
 def slow_job(tmp_path, job) -> Callable[..., dict]:
     """A job of a few seconds whose rows come to an end one after the other."""
@@ -79,46 +63,6 @@ def slow_job(tmp_path, job) -> Callable[..., dict]:
         return job(tmp_path / "in.parquet", sink=sink, **{"sampling": {"temperature": 0, "max_tokens": 60}, **parts})
 
     return make
-
-
-@pytest.mark.slow
-def test_a_driver_that_is_killed_another_one_and_the_same_again(tmp_path, cli, slow_job, whole):
-    path, out = tmp_path / "job.yaml", tmp_path / "out"
-    path.write_text(yaml.safe_dump(slow_job()))
-
-    killed = cli("run", path)
-    wait_for(lambda: num_commits(out) >= 2, killed)
-    workers = psutil.Process(killed.pid).children(recursive=True)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    psutil.wait_procs(workers, timeout=PATIENCE)  # Ray ends them when their driver is gone
-    before = num_commits(out)
-    assert not (out / MARKER).exists()
-    assert any("rows are not done" in line for line in verify(str(out))[1])
-
-    first = cli("run", path)
-    wait_for(lambda: num_commits(out) > before, first)
-    second = cli("run", path)
-    _, err = second.communicate(timeout=PATIENCE)
-    if first.poll() is None:  # else it was too quick for the second one
-        assert second.returncode == 1, err
-        assert f"rayinfer run {path}" in err
-    shown, err = first.communicate(timeout=PATIENCE)
-    assert first.returncode == 0, err
-    assert "going on: " in shown
-    assert texts(out) == whole
-    assert verify(str(out))[1] == []
-
-    again = cli("run", path)
-    shown, _ = again.communicate(timeout=PATIENCE)
-    assert (again.returncode, "nothing to do: complete since" in shown) == (0, True)
-    path.write_text(yaml.safe_dump(slow_job(prompt="Tell: {{ text }}")))
-    changed = cli("run", path)
-    _, err = changed.communicate(timeout=PATIENCE)
-    assert changed.returncode == 2
-    assert "refused:   prompt: 'Say: {{ text }}' -> 'Tell: {{ text }}'" in err
-    assert "--overwrite" in err
-    assert texts(out) == whole
 
 
 def engines() -> list[psutil.Process]:
@@ -153,30 +97,6 @@ def test_a_driver_that_lost_its_output_stops_and_frees_its_engines(tmp_path, slo
     again = CommitLog(thief.store, thief.job_id, 120)
     again.load()
     assert again.length == thief.length  # nothing came after
-
-
-@pytest.mark.slow
-def test_a_worker_that_is_killed(tmp_path, slow_job, whole):
-    out = tmp_path / "out"
-    killed: list[int] = []
-    ended = threading.Event()
-
-    def kill() -> None:
-        wait_for(lambda: num_commits(out) >= 2 or ended.is_set())
-        for process in engines():
-            killed.append(process.pid)
-            process.kill()
-
-    while not killed:  # until the killer is quicker than the job
-        ended.clear()
-        killer = threading.Thread(target=kill, daemon=True)
-        killer.start()
-        result = run_job(JobSpec.parse(slow_job()), overwrite=True)
-        ended.set()
-        killer.join(timeout=PATIENCE)
-    assert result.complete, result.reason
-    assert verify(str(out))[1] == []
-    assert texts(out) == whole
 
 
 def test_failed_rows_are_run_again(tmp_path, job, local_ray, monkeypatch):
