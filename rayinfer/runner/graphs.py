@@ -31,6 +31,18 @@ MIN_MIXED, MAX_MIXED = 128, 512
 MAX_READ = 2**36
 
 
+@dataclass(slots=True)
+class Inputs:
+    """Device views of a plan's packed integers; R rows, T tokens. `starts_R` is -1 for padding rows."""
+
+    slots_R: torch.Tensor
+    starts_R: torch.Tensor
+    num_new_R: torch.Tensor
+    query_start_R1: torch.Tensor
+    token_ids_T: torch.Tensor
+    row_T: torch.Tensor
+
+
 class _Kind(NamedTuple):
     """Whether a graph ends with logits instead of tokens, and whether it has prefix groups."""
 
@@ -98,8 +110,6 @@ class DecodeGraphs:
             self._capture(size, _Kind(logits=False, groups=False))
 
     def _capture(self, size: int, kind: _Kind) -> _Captured:
-        from rayinfer.runner.runner import Inputs
-
         runner = self._runner
         num_groups = MAX_NUM_GROUPS if kind.groups else 0
         packed = torch.zeros(5 * size + 2 * num_groups + kind.groups, dtype=torch.int32, device=runner.device)

@@ -19,7 +19,7 @@ from rayinfer.attention import AttentionBackend, StepMeta, StepOutputs
 from rayinfer.groups import MAX_NUM_GROUPS
 from rayinfer.models.model import Model
 from rayinfer.plan import StepPlan
-from rayinfer.runner.graphs import DecodeGraphs
+from rayinfer.runner.graphs import DecodeGraphs, Inputs
 from rayinfer.sampler import get_sampler, logprobs, row_by_row
 
 
@@ -38,18 +38,6 @@ class StepResult:
     token_ids: np.ndarray
     logprobs: TopLogprobs | None = None
     prompt_logprobs: TopLogprobs | None = None
-
-
-@dataclass(slots=True)
-class Inputs:
-    """Device views of a plan's packed integers; R rows, T tokens. `starts_R` is -1 for padding rows."""
-
-    slots_R: Tensor
-    starts_R: Tensor
-    num_new_R: Tensor
-    query_start_R1: Tensor
-    token_ids_T: Tensor
-    row_T: Tensor
 
 
 class StepHandle:
