@@ -198,7 +198,7 @@ HUNGRY = [
 @pytest.mark.parametrize("source", HUNGRY)
 def test_hungry_templates_are_stopped(source, monkeypatch):
     monkeypatch.setattr("rayinfer.sandbox.MAX_SECONDS", 0.3)
-    sandbox = Sandbox()
+    sandbox = Sandbox({})
     with pytest.raises(LimitError):
         sandbox.render(sandbox.template(source), {})
 
@@ -218,7 +218,7 @@ def test_hungry_templates_are_stopped(source, monkeypatch):
 )
 def test_templates_reach_neither_python_nor_files(source):
     messages = [{"role": "user"}]
-    sandbox = Sandbox()
+    sandbox = Sandbox({})
     errors = (SecurityError, UndefinedError, TypeError)  # or an undefined value, which prints as nothing
     with contextlib.suppress(*errors):
         assert sandbox.render(sandbox.template(source), {"messages": messages}) == ""
