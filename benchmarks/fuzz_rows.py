@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 from benchmarks.tiny_llama import TEMPLATE, save_tiny_llama
 from rayinfer import LLM, EngineConfig, RowError
 from rayinfer.errors import ErrorType
+from rayinfer.inputs import InputProcessor
 from rayinfer.processors import columns as col
 from rayinfer.processors.stages import Prepare, finish
 from rayinfer.request import EncodedRow
@@ -166,7 +167,8 @@ class Fuzzer:
     def __init__(self, folder: str):
         config = {"model": folder, "max_num_seqs": 64, "num_threads": 1, "cpu_kv_cache_gib": 0.02, "device": "cpu"}
         self.llm = LLM(**config)
-        self._stage = Prepare(EngineConfig.parse(**config), None, GREEDY, TEMPLATE, {}, 2 * BATCH_ROWS, "record")
+        inputs = InputProcessor(EngineConfig.parse(**config), TEMPLATE)
+        self._stage = Prepare(inputs, None, GREEDY, 2 * BATCH_ROWS, "record")
         self.ends: collections.Counter[str] = collections.Counter()
         self.num_rows = self.num_columns = self.num_good = 0
         self._alone = [row["generated_tokens"] for row in self._run(GOOD)]

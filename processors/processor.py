@@ -85,16 +85,16 @@ class Processor:
         engine = config.engine_config()
         if engine.device == "auto":
             engine = engine.model_copy(update={"device": "cuda" if num_gpus else "cpu"})
-        on_cpu = engine.model_copy(update={"device": "cpu"})  # of what needs no weights
-        info = (self.inputs or InputProcessor(on_cpu)).info
+        inputs = self.inputs or InputProcessor(engine.model_copy(update={"device": "cpu"}))  # it needs no weights
         batch_size, num_calls = rows_in_flight(engine, config)
         names = ("sampling_params", "on_error", "chat_template", "chat_template_kwargs")
         common, seconds = {name: getattr(config, name) for name in names}, config.function_timeout_s
 
         prepare: dict[str, Any] = {"num_cpus": prepare_cpus} | self.preprocess_map_kwargs
         prepare.setdefault("compute", actor_pool(prepare.pop("concurrency", config.tokenizer_concurrency)))
-        own: dict[str, Any] = {"preprocess": self.preprocess, "batch_size": batch_size, "seconds": seconds}
-        prepare["fn_constructor_kwargs"] = {"engine": on_cpu, "info": info, **own, **common}
+        inputs = inputs.with_template(config.chat_template, config.chat_template_kwargs)
+        own = {"inputs": inputs, "preprocess": self.preprocess, "batch_size": batch_size, "seconds": seconds}
+        prepare["fn_constructor_kwargs"] = own | {name: common[name] for name in ("sampling_params", "on_error")}
         dataset = dataset.map_batches(Prepare, batch_size=4 * batch_size, batch_format="pyarrow", **prepare)
         low, high = bounds(config.concurrency)
         options = config.model_dump(include={"accelerator_type", "runtime_env"}, exclude_none=True)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from rayinfer.config import EngineConfig
 from rayinfer.errors import RowError, Stage, describe
 from rayinfer.processors import columns as col
 from rayinfer.processors.functions import RowFunction, call_all, failed, utf8
@@ -21,7 +20,7 @@ from rayinfer.processors.ray_compat import take_rows
 from rayinfer.sampling import SamplingParams
 
 if TYPE_CHECKING:
-    from rayinfer.models.model import ModelInfo
+    from rayinfer.inputs import InputProcessor
 
 PREFIX_TOKENS = 4096  # of a prompt are compared
 
@@ -32,19 +31,15 @@ class Prepare:
     yields_blocks = True
 
     def __init__(
-        self, engine: EngineConfig, preprocess: RowFunction | None,
-        sampling_params: SamplingParams | Mapping[str, Any], chat_template: str | None,
-        chat_template_kwargs: Mapping[str, Any], batch_size: int, on_error: str, seconds: float = 600.0,
-        info: ModelInfo | None = None,
+        self, inputs: InputProcessor, preprocess: RowFunction | None,
+        sampling_params: SamplingParams | Mapping[str, Any], batch_size: int, on_error: str, seconds: float = 600.0,
     ):  # fmt: skip
         from rayinfer.chat import ControlTokens
-        from rayinfer.inputs import InputProcessor
 
-        self._inputs = InputProcessor(engine, chat_template, chat_template_kwargs, info)
-        self._preprocess = preprocess
+        self._inputs, self._preprocess = inputs, preprocess
         renders: Any = preprocess
-        if hasattr(renders, "control_tokens") and self._inputs.tokenizer is not None:  # a template of its own
-            renders.control_tokens = ControlTokens(self._inputs.tokenizer)
+        if hasattr(renders, "control_tokens") and inputs.tokenizer is not None:  # a template of its own
+            renders.control_tokens = ControlTokens(inputs.tokenizer)
         self._defaults = sampling_defaults(sampling_params)
         self._batch_size = batch_size
         self._on_error, self._seconds = on_error, seconds

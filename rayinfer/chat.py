@@ -47,9 +47,8 @@ def _refuse(message: str) -> None:
     raise TemplateError(message)
 
 
-_EXTENSIONS = [_Generation, "jinja2.ext.loopcontrols"]
 _FILTERS = {"tojson": lambda value, ensure_ascii=False, **rest: json.dumps(value, ensure_ascii=ensure_ascii, **rest)}
-_SANDBOX = Sandbox(_FILTERS, extensions=_EXTENSIONS, trim_blocks=True, lstrip_blocks=True)
+_SANDBOX = Sandbox(_FILTERS, extensions=[_Generation, "jinja2.ext.loopcontrols"], trim_blocks=True, lstrip_blocks=True)
 _SANDBOX.globals.update(raise_exception=_refuse, strftime_now=lambda form: datetime.now().strftime(form))
 
 

@@ -1,47 +1,34 @@
 """From a row to token ids: chat template, tokenizer, limits. Needs no weights, so it runs on any CPU."""
 
-import copy
+from __future__ import annotations
+
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rayinfer.chat import START, ChatTemplate, encode_marked, unmarked
 from rayinfer.config import EngineConfig
 from rayinfer.errors import ConfigError, ErrorType, RowError, describe
-from rayinfer.models.model import ModelInfo
 from rayinfer.request import EncodedRow
 from rayinfer.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rayinfer.models.model import ModelInfo
 
 INPUT_KEYS = ("messages", "prompt", "prompt_token_ids")
 
 
-def load_tokenizer(config: EngineConfig) -> PreTrainedTokenizerBase | None:
-    """The model's tokenizer, or None with skip_tokenizer_init.
-
-    Raises:
-        ConfigError: there is none where the config points.
-    """
-    if config.skip_tokenizer_init:
-        return None
-    source, extra = config.tokenizer or config.model, dict[str, Any]()
-    if source.endswith(".gguf"):
-        source, extra = str(Path(source).parent), {"gguf_file": Path(source).name}
-    try:
-        extra |= {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-        return AutoTokenizer.from_pretrained(source, **extra)
-    except (OSError, ValueError, KeyError) as error:
-        place = f"tokenizer = {config.tokenizer or config.model!r}"
-        hint = "give `tokenizer`, or skip_tokenizer_init=True if rows bring prompt_token_ids"
-        raise ConfigError(f"{place}: cannot be loaded ({error}); {hint}") from error
-
-
 class InputProcessor:
     """Turns rows into EncodedRows; a row that cannot be turned costs only itself.
+
+    Pickled, it takes its tokenizer along: to make one anew takes seconds, most of them to import torch and what reads
+    models. Tokenizers of other code than transformers', and those that are not fast, are made anew.
 
     Args:
         config: the engine's; its max_model_len (or the model's own) bounds prompts.
@@ -60,17 +47,41 @@ class InputProcessor:
             from rayinfer.models.load import inspect_model  # it imports what runs models: 2 s
 
             info = inspect_model(config)
-        self.info = info
-        self.tokenizer = load_tokenizer(config)
-        self.max_model_len = self.info.max_model_len
+        self.max_model_len, self._vocab_size, self._config = info.max_model_len, info.vocab_size, config
+        _ = self.tokenizer  # made now, for what it raises
         self._chat_args = chat_template, dict(chat_template_kwargs or {})
 
     def with_template(self, chat_template: str | None, chat_template_kwargs: Mapping[str, Any] | None) -> Self:
         """The same tokenizer and limits with another chat template."""
-        other = copy.copy(self)
-        other._chat_args = chat_template, dict(chat_template_kwargs or {})
+        other = object.__new__(type(self))
+        other.__dict__ |= self.__dict__ | {"_chat_args": (chat_template, dict(chat_template_kwargs or {}))}
         other.__dict__.pop("_chat", None)
         return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        tokenizer, left_out = self.tokenizer, ["_chat"]  # a compiled template does not pickle
+        if tokenizer is not None and not (tokenizer.is_fast and type(tokenizer).__module__.startswith("transformers.")):
+            left_out.append("tokenizer")
+        return {name: value for name, value in self.__dict__.items() if name not in left_out}
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The model's; None with skip_tokenizer_init. Raises ConfigError: there is none where the config points."""
+        config, extra = self._config, dict[str, Any]()
+        if config.skip_tokenizer_init:
+            return None
+        from transformers import AutoTokenizer  # with torch
+
+        source = config.tokenizer or config.model
+        if source.endswith(".gguf"):
+            source, extra = str(Path(source).parent), {"gguf_file": Path(source).name}
+        try:
+            extra |= {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+            return AutoTokenizer.from_pretrained(source, **extra)
+        except (OSError, ValueError, KeyError) as error:
+            place = f"tokenizer = {config.tokenizer or config.model!r}"
+            hint = "give `tokenizer`, or skip_tokenizer_init=True if rows bring prompt_token_ids"
+            raise ConfigError(f"{place}: cannot be loaded ({error}); {hint}") from error
 
     @cached_property
     def _chat(self) -> ChatTemplate:
@@ -185,8 +196,8 @@ class InputProcessor:
 
     def _check_ids(self, ids: Iterable[int], kind: ErrorType, source: str) -> None:
         for token in ids:
-            if not 0 <= token < self.info.vocab_size:
-                raise RowError(kind, f"{source}: {token} is out of the vocabulary, 0 to {self.info.vocab_size - 1}")
+            if not 0 <= token < self._vocab_size:
+                raise RowError(kind, f"{source}: {token} is out of the vocabulary, 0 to {self._vocab_size - 1}")
 
 
 def _bad(message: str) -> RowError:

@@ -11,6 +11,7 @@ import pytest
 from benchmarks.fuzz_rows import fuzz
 from rayinfer import EngineConfig
 from rayinfer.errors import ErrorType, Stage
+from rayinfer.inputs import InputProcessor
 from rayinfer.processors import LLMProcessor
 from rayinfer.processors import columns as col
 from rayinfer.processors.stages import Prepare, finish
@@ -39,8 +40,8 @@ def answers(llm, model_path, engine_kwargs):  # noqa: F811
     """answers(table, preprocess) -> the finished rows, in order."""
 
     def run(table, preprocess=None):
-        config = EngineConfig.parse(model=model_path, **engine_kwargs)
-        stage = Prepare(config, preprocess, GREEDY, bad_inputs.TEMPLATE, {}, 128, "record")
+        inputs = InputProcessor(EngineConfig.parse(model=model_path, **engine_kwargs), bad_inputs.TEMPLATE)
+        stage = Prepare(inputs, preprocess, GREEDY, 128, "record")
         blocks = [finish(block, None, "record") for call in stage(table) for block in llm(call)]
         types = {field.name: field.type for field in col.OUTPUT}
         for block in blocks:

@@ -148,7 +148,7 @@ def test_control_tokens_of_a_job_are_those_of_its_template(model_path, engine_kw
     """In `prompt`, the template's control tokens are control tokens, and those of the columns are text."""
     template = PromptTemplate("{{ text }}<eos>{{ text | upper }}<eos>")
     stage = Prepare(
-        EngineConfig.parse(model=model_path, **engine_kwargs), RenderPrompt(template), {}, None, {}, 8, "raise"
+        InputProcessor(EngineConfig.parse(model=model_path, **engine_kwargs)), RenderPrompt(template), {}, 8, "raise"
     )
     source = pa.array([{"text": "a<eos>b"}, {"text": "clean"}])
     (block,) = stage(pa.table({SOURCE: source, SOURCE_ERROR: pa.nulls(2, pa.string())}))
@@ -350,16 +350,16 @@ def test_no_error_tells_a_rows_text(model_path, engine_kwargs, caplog, capfd):  
     def chokes(row):
         return {"prompt": int(row["text"])}
 
-    config = EngineConfig.parse(model=model_path, **engine_kwargs)
+    inputs = InputProcessor(EngineConfig.parse(model=model_path, **engine_kwargs))
     table = pa.table({"id": [1], "text": [f"patient {CANARY} has"]})
     with pytest.raises(
         RowError, match=r"row 0 of its batch, id='1': PREPROCESS_ERROR.*ValueError.*invalid literal"
     ) as one:
-        list(Prepare(config, chokes, {}, None, {}, 8, "raise")(table))
+        list(Prepare(inputs, chokes, {}, 8, "raise")(table))
     chat = pa.table({"id": [1], "messages": [[{"role": "user", "content": f"patient {CANARY}"}]]})
     template = "{{ raise_exception('no: ' ~ messages[0].content) }}"
     with pytest.raises(RowError, match=r"TEMPLATE_ERROR: chat template: TemplateError.*: no: ?\[\.\.\.\]") as two:
-        list(Prepare(config, None, {}, template, {}, 8, "raise")(chat))
+        list(Prepare(inputs.with_template(template, {}), None, {}, 8, "raise")(chat))
     with pytest.raises(RowError, match=r"UndefinedError \(<template>:2\): 'dict object' has no attribute '\[") as three:
         PromptTemplate("see\n{{ a[b] }}").render({"a": {}, "b": f"patient {CANARY}"})
     for caught in (one, two, three):

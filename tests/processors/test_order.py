@@ -8,14 +8,15 @@ import numpy as np
 import pyarrow as pa
 
 from rayinfer.config import EngineConfig
+from rayinfer.inputs import InputProcessor
 from rayinfer.processors.columns import TOKEN_IDS
 from rayinfer.processors.stages import Prepare, by_prefix
 
 
 def test_prompts_that_begin_alike_are_one_call(model_path, engine_kwargs):
     """Four system prompts, shuffled; a bad row; every other column stays with its row."""
-    engine = EngineConfig.parse(model=model_path, **engine_kwargs)
-    stage = Prepare(engine, None, {}, None, {}, batch_size=4, on_error="record")
+    inputs = InputProcessor(EngineConfig.parse(model=model_path, **engine_kwargs))
+    stage = Prepare(inputs, None, {}, batch_size=4, on_error="record")
     prompts = [f"{'abcd'[i // 4] * 20} question {i % 4}" for i in range(15)] + [""]
     rows = list(enumerate(prompts))
     random.Random(0).shuffle(rows)

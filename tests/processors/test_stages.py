@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import pickle
 import shutil
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -15,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from rayinfer import ConfigError, EngineConfig, RowError, SamplingParams
+from rayinfer.inputs import InputProcessor
 from rayinfer.processors import LLMProcessor
 from rayinfer.processors import columns as col
 from rayinfer.processors.llm_processor import with_defaults
@@ -47,9 +52,8 @@ def ask(row):
 
 
 def prepare(model_path, engine_kwargs, preprocess=ask, **kwargs):
-    engine = EngineConfig.parse(model=model_path, **engine_kwargs)
-    defaults = dict(chat_template=None, chat_template_kwargs={}, batch_size=8, on_error="record")
-    return Prepare(engine, preprocess, **{"sampling_params": GREEDY, **defaults, **kwargs})
+    inputs = InputProcessor(EngineConfig.parse(model=model_path, **engine_kwargs))
+    return Prepare(inputs, preprocess, **{"sampling_params": GREEDY, "batch_size": 8, "on_error": "record", **kwargs})
 
 
 @pytest.fixture(scope="module")
@@ -408,3 +412,38 @@ def test_an_engine_that_cannot_be_replaced_stops_the_call(model_path, engine_kwa
         list(processor(pa.table(rows)))
     assert isinstance(caught.value.__cause__, ConfigError)
     processor.close()
+
+
+ROWS = [{"prompt": "a<eos>b"}, {"messages": [{"role": "user", "content": "a<eos>b"}]}, {"prompt": ""}]
+
+
+def ends(inputs):
+    return [str(row) if isinstance(row, RowError) else row.prompt_token_ids for row in inputs.encode_batch(ROWS)]
+
+
+def test_inputs_take_their_tokenizer_along(model_path, engine_kwargs, tmp_path):
+    """To a process that needs neither the model's files nor torch, from one that has rendered a template already."""
+    shutil.copytree(model_path, tmp_path / "model")
+    inputs = InputProcessor(EngineConfig.parse(model=str(tmp_path / "model"), **engine_kwargs))
+    want, sent = ends(inputs), pickle.dumps(inputs)
+    shutil.rmtree(tmp_path / "model")
+    code = f"""if True:
+        import json, pickle, sys
+        from rayinfer.errors import RowError
+        inputs = pickle.load(sys.stdin.buffer)
+        {inspect.getsource(ends).replace(chr(10), chr(10) + " " * 8)}
+        ROWS = {ROWS!r}
+        print(json.dumps(ends(inputs)), 'torch' in sys.modules)
+    """
+    done = subprocess.run([sys.executable, "-c", code], input=sent, capture_output=True, timeout=400)
+    assert done.stdout.decode().strip() == f"{json.dumps(want)} False", done.stderr
+
+
+def test_a_tokenizer_of_other_code_is_made_anew(model_path, engine_kwargs):
+    """Its module may not be there where it comes to."""
+    inputs = InputProcessor(EngineConfig.parse(model=model_path, **engine_kwargs))
+    kind = type(inputs.tokenizer)
+    inputs.tokenizer.__class__ = type("Other", (kind,), {})
+    again = pickle.loads(pickle.dumps(inputs))
+    assert (type(again.tokenizer), ends(again)) == (kind, ends(inputs))
+    assert inputs.with_template(None, None).tokenizer is inputs.tokenizer
