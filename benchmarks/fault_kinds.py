@@ -308,7 +308,8 @@ def from_on(t: Trial, seam: str, do: str) -> dict[str, Any]:
     """A fault of the output from a random write on: of a worker's (even seeds) or the driver's (odd); every third
     seed, one that passes."""
     role = ("worker", "driver")[t.seed % 2]
-    first = t.pick.randint(1, max(1, t.world.passages[role] // 3))
+    # Three seams a write, and the first half: runs differ in how many parts they write.
+    first = t.pick.randint(1, max(1, t.world.passages[role] // 6))
     return at(seam, list(range(first, first + (2 if t.seed % 3 == 2 else 5000))), do, role=role)
 
 

@@ -65,7 +65,7 @@ class LLMProcessor:
         on_error: "record" makes a failed row an error row; "raise" stops the job with an error that names the row.
         stats_actor: handle of a StatsBoard, told about the engine each second.
         any_rows: calls yield rows of one another; see above.
-        num_warm: workers that are made ready for the stage behind once the engine is there; half the cores at most.
+        num_warm: workers that are made ready for the stage behind once the engine is there; one for a core at most.
         engine: one that runs already and is shared, with these engine_kwargs.
         engine_kwargs: the other fields of EngineConfig.
 
@@ -88,8 +88,8 @@ class LLMProcessor:
         self._config = EngineConfig.parse(model=model, **engine_kwargs)
         self._template = chat_template, chat_template_kwargs
         self._engine = engine or EngineProcess(self._config)
-        for _ in range(min(num_warm, num_cores() // 2)):
-            _warm.remote()
+        for _ in range(min(num_warm, num_cores() - 1)):
+            _warm.remote(1.0 if self._config.device.startswith("cuda") else 0.0)
         self._done: queue.SimpleQueue[_Done] | None = queue.SimpleQueue() if any_rows else None
         self._turn, self._gathering = threading.Condition(), False  # for any_rows: the call that makes a block
         self._num_brought = self._num_given = 0  # rows of all calls
@@ -237,11 +237,13 @@ class LLMProcessor:
 
 
 @ray.remote(num_cpus=0)
-def _warm() -> None:
+def _warm(delay: float) -> None:
     """Import in a worker, while the engine has its first rows, what the last stage needs.
 
-    All rows may end at once, those that were planned so do: then a cold worker for each block takes 1 to 2 s.
+    All rows may end at once, those that were planned so do: then a cold worker for each block takes 1 to 2 s. A GPU's
+    many workers wait for `delay` seconds: its first rows come first, and no worker takes another one's call.
     """
+    time.sleep(delay)
     importlib.import_module("rayinfer.processors.stages")
 
 

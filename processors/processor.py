@@ -23,7 +23,7 @@ from rayinfer.processors.stages import Prepare, finish
 if TYPE_CHECKING:
     from rayinfer.inputs import InputProcessor
 
-MAX_WARM = 16  # workers, of all engines: Ray hands out tasks so slowly that few of the last stage's run at once
+MAX_WARM = 4, 16  # workers, of all engines on CPUs, on GPUs: of the last stage's tasks no more run at once
 
 
 def build_processor(
@@ -101,7 +101,7 @@ class Processor:
         options |= {"num_cpus": num_cpus} | ({"num_gpus": num_gpus} if num_gpus else {})
         llm_kwargs = engine.model_dump(exclude_unset=True) | common
         # Workers of another runtime environment would be of no use to the last stage.
-        num_warm = 0 if config.runtime_env else max(1, MAX_WARM // high)
+        num_warm = 0 if config.runtime_env else max(1, MAX_WARM[num_gpus > 0] // high)
         llm_kwargs |= {"stats_actor": self.stats_actor, "any_rows": self.any_rows, "num_warm": num_warm}
         if config.engine_pool is not None:
             llm_kwargs["place"] = Membership(config.engine_pool, uuid.uuid4().hex, engine, high, options)

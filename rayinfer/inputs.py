@@ -191,8 +191,8 @@ class InputProcessor:
         self._check_ids((array.min(), array.max()), ErrorType.INVALID_TOKEN_IDS, source)
         check_length(len(array), self.max_model_len)
         self._check_ids(params.stop_token_ids, ErrorType.INVALID_SAMPLING_PARAMS, "sampling_params: stop_token_ids")
-        plain = isinstance(ids, list) and type(ids[0]) is int  # then a copy is enough, in a tenth of the time
-        return EncodedRow(ids.copy() if plain else array.tolist(), params, text)
+        # Where a copy is enough it takes a tenth of the time.
+        return EncodedRow(ids.copy() if isinstance(ids, list) and type(ids[0]) is int else array.tolist(), params, text)
 
     def _check_ids(self, ids: Iterable[int], kind: ErrorType, source: str) -> None:
         for token in ids:

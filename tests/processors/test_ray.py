@@ -195,7 +195,7 @@ def test_many_engines_make_no_more_workers_ready_than_one(local_ray, config, mon
     monkeypatch.setattr("rayinfer.processors.processor.map_blocks", note)
     for changes in ({}, {"concurrency": (1, 8)}, {"concurrency": 40}, {"runtime_env": {"env_vars": {"A": "1"}}}):
         build_processor(config.model_copy(update=changes))(ray.data.range(4))
-    assert made == [16, 2, 1, 0]
+    assert made == [4, 1, 1, 0]
 
 
 def test_config_errors_name_the_key():
