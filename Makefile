@@ -1,5 +1,6 @@
 # make demo   run a real model over 200 real rows on this machine's CPU
 # make test   the CPU suite, without the tests marked long
+# make faults five seeds of all 28 kinds of faults against real jobs, others each day: 22 minutes of two idle cores
 # make check  what CI runs before the suite: lint, types, sizes
 # make clean  remove everything that the targets above made
 #
@@ -21,7 +22,7 @@ PYTEST = $(TEST_ENV) $(BIN)/python -m pytest -m "$(MARKERS)" $(PYTEST_ARGS)
 # of the many processes compiles torch, transformers and Ray anew, for 10 s.
 TEST_ENV := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 RAY_worker_niceness=0
 
-.PHONY: install fetch demo test test-parts test-jobs lint format types sizes check clean
+.PHONY: install fetch demo test test-parts test-jobs faults lint format types sizes check clean
 
 install: $(STAMP)
 
@@ -44,6 +45,10 @@ test-parts: fetch
 
 test-jobs: fetch
 	$(PYTEST) --nbmake $(JOBS)
+
+faults: fetch
+	$(TEST_ENV) $(BIN)/python -m benchmarks.faults --seeds 5 --first-seed $$(($$(date +%s) / 86400 * 5)) \
+		--side-by-side --no-result --records out/faults.jsonl
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -125,6 +125,8 @@ def main() -> int:
         chosen.setdefault(name, []).extend([int(seed)] if seed else seeds)
     if unknown := set(chosen) - set(ALL):
         parser.error(f"unknown kinds {sorted(unknown)}; --list shows them")
+    if options.records:
+        options.records.parent.mkdir(parents=True, exist_ok=True)
     second = None
     if options.side_by_side:
         if options.records is None or options.address:
@@ -153,6 +155,10 @@ def main() -> int:
             if options.records:
                 with options.records.open("a") as file:
                     file.write(json.dumps(record) + "\n")
+    except BaseException:
+        if second:
+            second.terminate()
+        raise
     finally:
         (world.nodes.end if world.nodes else world.stop_ray)()
         if not any(record["wrong"] for record in new):
