@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import queue
@@ -40,7 +41,7 @@ keep_yielded_blocks()
 class LLMProcessor:
     """Answers the rows of the batches it is called with, all calls at once in one running batch of one engine.
 
-    Input columns: one of `messages`, `prompt`, `prompt_token_ids` that is not null, and maybe `sampling_params`.
+    Input columns: one of `messages`, `prompt`, `prompt_token_ids` that is not null, and maybe `sampling_params`, also as JSON.
     Every column passes through; columns.OUTPUT names what is appended, and what takes the place of an earlier
     processor's. A failed row has `error_type`.
 
@@ -272,7 +273,10 @@ def sampling_defaults(value: SamplingParams | Mapping[str, Any] | None) -> dict[
 
 
 def as_mapping(params: Any) -> Any:
-    """What SamplingParams set; parameters that are none come back as they are."""
+    """What SamplingParams set, also as JSON, which a result has; parameters that are none come back as they are."""
+    if isinstance(params, str):
+        with contextlib.suppress(RowError):  # the row's check tells what is wrong
+            params = SamplingParams.from_row(params)
     return params.model_dump(exclude_unset=True) if isinstance(params, SamplingParams) else params
 
 

@@ -140,15 +140,12 @@ class Engine:
         most = self.max_model_len - num_prompt
         self._num_added += 1
         request = Request(
-            request_id=request_id,
-            prompt_token_ids=row.prompt_token_ids,
-            params=params,
-            prompt=row.prompt,
+            request_id, row.prompt_token_ids, params, row.prompt,
             seed=params.seed if params.seed is not None else self._row_seed(row),
             stop_token_ids=frozenset(self.info.eos_token_ids + params.stop_token_ids),
             max_total_tokens=num_prompt + min(params.max_tokens or most, most),
             prompt_logprobs=[None],  # nothing comes before the first token
-        )
+        )  # fmt: skip
         self._requests[request_id] = request
         if params.temperature == 0:
             request.twin_key = tuple(row.prompt_token_ids), params

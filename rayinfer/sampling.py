@@ -1,5 +1,6 @@
 """What one row asks of the sampler. Names and meanings are vLLM's."""
 
+import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Self
 
@@ -80,13 +81,14 @@ class SamplingParams(BaseModel):
 
     @classmethod
     def from_row(cls, value: Any) -> Self:
-        """Validate what a row carries: None (defaults), a mapping, or a SamplingParams."""
+        """Validate what a row carries: None (defaults), a mapping, one as JSON, or a SamplingParams."""
         if isinstance(value, cls):
             return value
         try:
+            value = json.loads(value) if isinstance(value, str) else value
             return cls.model_validate({} if value is None else dict(value))
         except ValidationError as error:
             message = explain_validation(error, cls, "sampling_params")
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RecursionError):
             message = f"sampling_params: want a mapping, got {type(value).__name__}"
         raise RowError(ErrorType.INVALID_SAMPLING_PARAMS, message)

@@ -299,24 +299,15 @@ class Scheduler:
         as_int = np.int32
         group_B = np.array([request.group for request in rows[:num_decodes]], as_int)
         lens_G = self._groups.lens_G if num_decodes and group_B[0] >= 0 else self._groups.lens_G[:0]
+        admitted = [(request, request.params) for request in self.admitted]
         return StepPlan(
-            slots=np.array([request.slot for request in rows], as_int),
-            starts=np.array(starts, as_int),
-            num_new=np.array(num_new, as_int),
-            num_decodes=num_decodes,
-            token_ids=np.array(token_ids, as_int),
-            samples=np.array(samples, as_int),
-            new_blocks=np.array(self._new_blocks, as_int).reshape(-1, 3),
-            new_rows=[
-                (r.slot, r.params.temperature, r.params.top_k, r.params.top_p, r.params.min_p, r.seed)
-                for r in self.admitted
-            ],
-            all_greedy=all_greedy,
-            banned=np.array(banned, as_int).reshape(-1, 2),
+            slots=np.array([request.slot for request in rows], as_int), starts=np.array(starts, as_int),
+            num_new=np.array(num_new, as_int), num_decodes=num_decodes, token_ids=np.array(token_ids, as_int),
+            samples=np.array(samples, as_int), new_blocks=np.array(self._new_blocks, as_int).reshape(-1, 3),
+            new_rows=[(r.slot, p.temperature, p.top_k, p.top_p, p.min_p, r.seed) for r, p in admitted],
+            all_greedy=all_greedy, banned=np.array(banned, as_int).reshape(-1, 2),
             shared_lens=np.append(self._groups.lens_G, as_int(0))[group_B],
             group_starts=np.searchsorted(group_B[group_B >= 0], np.arange(len(lens_G) + 1)).astype(as_int),
-            group_lens=lens_G,
-            num_logprobs=num_logprobs,
-            prompt_targets=np.array(targets, as_int).reshape(-1, 2),
-            num_prompt_logprobs=num_prompt_logprobs,
-        )
+            group_lens=lens_G, num_logprobs=num_logprobs,
+            prompt_targets=np.array(targets, as_int).reshape(-1, 2), num_prompt_logprobs=num_prompt_logprobs,
+        )  # fmt: skip

@@ -77,6 +77,9 @@ def test_engine_config_is_frozen_and_travels():
         ({"n": 2}, ["unknown key 'n'"]),
         ("greedy", ["want a mapping, got str"]),
         ([1, 2], ["want a mapping, got list"]),
+        ("[1, 2]", ["want a mapping, got list"]),
+        ("[" * 100_000, ["want a mapping, got str"]),
+        ('{"temprature": 1}', ["unknown key 'temprature'"]),
     ],
 )
 def test_sampling_errors(params, texts):
@@ -95,13 +98,14 @@ def test_sampling_constructor_raises_value_error():
 
 
 def test_sampling_from_row():
-    """None, a mapping as Arrow gives it, or the object itself."""
+    """None, a mapping as Arrow gives it, its JSON, or the object itself."""
     assert SamplingParams.from_row(None) == SamplingParams()
     params = SamplingParams(stop="a", stop_token_ids=[3], top_k=4)
     assert (params.stop, params.stop_token_ids) == (("a",), (3,))
     assert SamplingParams.from_row(params) is params
     row = {"stop": ["a"], "stop_token_ids": [np.int64(3)], "top_k": np.int32(4)}
     assert SamplingParams.from_row(row) == params
+    assert SamplingParams.from_row('{"stop": ["a"], "stop_token_ids": [3], "top_k": 4}') == params
     assert SamplingParams(stop=None, stop_token_ids=None, max_tokens=None).stop == ()
 
 

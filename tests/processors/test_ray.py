@@ -169,10 +169,12 @@ def test_processors_in_a_chain_and_a_column_that_only_rows_tell(local_ray, confi
     """The second one's outputs take the place of the first one's; a column of the user's is not lost without a word."""
     both = config.model_copy(update={"engine_pool": "chain"})  # two engines want more CPUs than this Ray has
     again = build_processor(both, preprocess=lambda row: {"prompt": f"again: {row['generated_text']}"})
-    first = build_processor(both, preprocess=lambda row: {"prompt": f"row {row['id']}"})
+    params = {"max_tokens": 3, "temperature": 0, "ignore_eos": True}  # a column of the first one's result, as JSON
+    first = build_processor(both, lambda row: {"prompt": f"row {row['id']}", "sampling_params": params})
     rows = again(first(ray.data.range(4))).take_all()
     assert sorted(row["id"] for row in rows) == list(range(4))
     assert all(row["prompt"].startswith("again: ") and row["error_type"] is None for row in rows), rows
+    assert {row["num_generated_tokens"] for row in rows} == {3}
     mine = ray.data.range(4).map(lambda row: {**row, "generated_text": "mine"})
     with pytest.raises(Exception, match="column 'generated_text': an output has this name"):
         build_processor(config, preprocess=ask)(mine).take_all()
