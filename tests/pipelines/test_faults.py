@@ -1,8 +1,8 @@
 """Real jobs under the faults of `python -m benchmarks.faults`, every row looked for by key and text; one seed a day.
 
 Five seeds of all kinds (`make faults`) are 140 runs, most of them of a job with an engine of its own: 22 minutes, which
-CI does not have beside the rest (benchmarks/results/faults.md). Deaths at the commit's seams have 25 seeds each in test_commit.py, simulated as the
-outages here are; the engine's own faults, a hung step among them, are in tests/engine.
+CI does not have beside the rest (benchmarks/results/faults.md). Deaths at the commit's seams have 25 seeds each in
+test_commit.py, simulated as the outages here are; the engine's own faults, a hung step among them, are in tests/engine.
 """
 
 from __future__ import annotations
