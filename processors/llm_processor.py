@@ -41,9 +41,9 @@ keep_yielded_blocks()
 class LLMProcessor:
     """Answers the rows of the batches it is called with, all calls at once in one running batch of one engine.
 
-    Input columns: one of `messages`, `prompt`, `prompt_token_ids` that is not null, and maybe `sampling_params` (a struct
-    or JSON text). Every column passes through; columns.OUTPUT names what is appended, and what takes the place of an earlier
-    processor's. A failed row has `error_type`.
+    Input columns: one of `messages`, `prompt`, `prompt_token_ids` that is not null, and maybe `sampling_params`, a
+    struct or JSON text. Every column passes through; columns.OUTPUT names what is appended, and what takes the place of
+    an earlier processor's. A failed row has `error_type`.
 
         ds.map_batches(
             LLMProcessor,
