@@ -300,7 +300,7 @@ SAMPLING = [
     *FIELDS,
     *FLAGS,
     sampling("string", "greedy", MAPPING, "str"),
-    sampling("JSON", '{"temperature": 0}', MAPPING, "str"),
+    sampling("JSON", '{"temperature": -0.5}', "temperature = -0.5", "greater than or equal to 0"),
     sampling("int", 5, MAPPING, "int"),
     sampling("float", 0.7, MAPPING, "float"),
     sampling("bool", True, MAPPING, "bool"),
