@@ -14,13 +14,7 @@ import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    async_copy,
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia import hopper
 
 from rayinfer.kernels.paged_tiles import num_processors
 
@@ -51,7 +45,7 @@ def _copy(smem, ptr, page_N, token_N, inside_N, strides, PAGE: gl.constexpr, LOA
     d_D = gl.arange(0, smem.shape[1], layout=gl.SliceLayout(0, LOAD))
     at_N = page_N.to(gl.int64) * strides[0] + (token_N % PAGE) * strides[1]
     mask_ND = inside_N[:, None] & (d_D >= 0)[None, :]
-    async_copy.async_copy_global_to_shared(smem, ptr + at_N[:, None] + d_D[None, :], mask_ND)
+    hopper.async_copy.async_copy_global_to_shared(smem, ptr + at_N[:, None] + d_D[None, :], mask_ND)
 
 
 @gluon.jit
@@ -76,12 +70,12 @@ def _produce(source, rows, buffers, GROUP: gl.constexpr, PAGE: gl.constexpr, BLO
             inside_N = token_N < seq_len
             stage = turn % STAGES
             free = (turn // STAGES & 1) ^ 1
-            mbarrier.wait(k_empty.index(stage), free)
+            hopper.mbarrier.wait(k_empty.index(stage), free)
             _copy(k_smem.index(stage), k_head_ptr, page_N, token_N, inside_N, k_strides, PAGE, LOAD)
-            async_copy.mbarrier_arrive(k_full.index(stage), increment_count=False)
-            mbarrier.wait(v_empty.index(stage), free)
+            hopper.async_copy.mbarrier_arrive(k_full.index(stage), increment_count=False)
+            hopper.mbarrier.wait(v_empty.index(stage), free)
             _copy(v_smem.index(stage), v_head_ptr, page_N, token_N, inside_N, v_strides, PAGE, LOAD)
-            async_copy.mbarrier_arrive(v_full.index(stage), increment_count=False)
+            hopper.async_copy.mbarrier_arrive(v_full.index(stage), increment_count=False)
             page_N = gl.load(pages_ptr + (token_N + BLOCK_N) // PAGE, mask=token_N + BLOCK_N < seq_len, other=0)
             turn += 1
 
@@ -101,9 +95,9 @@ def _softmax(score_MN, max_M, sum_M, tile, masked_from, pos_M, scale, BLOCK_N: g
 @gluon.jit
 def _product(a, b, full, turn, acc, ADD: gl.constexpr):
     """Begin a (+)= a b once the tile of this turn is there."""
-    mbarrier.wait(full.index(turn % full.shape[0]), turn // full.shape[0] & 1)
-    fence_async_shared()
-    return warpgroup_mma(a, b, acc, use_acc=ADD, is_async=True)
+    hopper.mbarrier.wait(full.index(turn % full.shape[0]), turn // full.shape[0] & 1)
+    hopper.fence_async_shared()
+    return hopper.warpgroup_mma(a, b, acc, use_acc=ADD, is_async=True)
 
 
 @gluon.jit
@@ -138,7 +132,7 @@ def _consume(target, rows, scale, q_smem, buffers, GROUP: gl.constexpr, HALF: gl
             head_M = kv_head * GROUP + m_M % GROUP
             q_MD = q_ptr + (token_M * q_strides[0] + head_M * q_strides[1])[:, None] + d_D[None, :]
             q_smem.store(gl.load(q_MD, mask=mask_MD, other=0.0))
-            fence_async_shared()
+            hopper.fence_async_shared()
 
             context = seq_len - num_queries
             masked_from = (context + first_query + 1) // BLOCK_N  # tiles before it are seen whole by every query
@@ -149,28 +143,28 @@ def _consume(target, rows, scale, q_smem, buffers, GROUP: gl.constexpr, HALF: gl
             acc_MD = gl.zeros([BLOCK_M, HEAD_DIM], gl.float32, layout=ACC)
 
             score = _product(q_smem, k_smem.index(turn % STAGES).permute((1, 0)), k_full, turn, zero_MN, False)
-            score_MN = warpgroup_mma_wait(0, deps=(score,))
-            mbarrier.arrive(k_empty.index(turn % STAGES))
+            score_MN = hopper.warpgroup_mma_wait(0, deps=(score,))
+            hopper.mbarrier.arrive(k_empty.index(turn % STAGES))
             p_MN, max_M, sum_M, decay_M = _softmax(score_MN, max_M, sum_M, 0, masked_from, pos_M, scale, BLOCK_N, SCORE)
             p_MN = gl.convert_layout(p_MN.to(dtype), PROB)
             for tile in range(1, num_tiles):
                 k_DN = k_smem.index((turn + 1) % STAGES).permute((1, 0))
                 score = _product(q_smem, k_DN, k_full, turn + 1, zero_MN, False)
                 acc = _product(p_MN, v_smem.index(turn % STAGES), v_full, turn, acc_MD, True)
-                score_MN = warpgroup_mma_wait(1, deps=(score,))
-                mbarrier.arrive(k_empty.index((turn + 1) % STAGES))
+                score_MN = hopper.warpgroup_mma_wait(1, deps=(score,))
+                hopper.mbarrier.arrive(k_empty.index((turn + 1) % STAGES))
                 new_MN, max_M, sum_M, decay_M = _softmax(
                     score_MN, max_M, sum_M, tile, masked_from, pos_M, scale, BLOCK_N, SCORE
                 )
-                acc_MD = warpgroup_mma_wait(0, deps=(acc,))
-                mbarrier.arrive(v_empty.index(turn % STAGES))
+                acc_MD = hopper.warpgroup_mma_wait(0, deps=(acc,))
+                hopper.mbarrier.arrive(v_empty.index(turn % STAGES))
                 turn += 1
                 acc_MD = acc_MD * gl.convert_layout(decay_M, gl.SliceLayout(1, ACC))[:, None]
                 p_MN = gl.convert_layout(new_MN.to(dtype), PROB)
 
             acc = _product(p_MN, v_smem.index(turn % STAGES), v_full, turn, acc_MD, True)
-            acc_MD = warpgroup_mma_wait(0, deps=(acc,))
-            mbarrier.arrive(v_empty.index(turn % STAGES))
+            acc_MD = hopper.warpgroup_mma_wait(0, deps=(acc,))
+            hopper.mbarrier.arrive(v_empty.index(turn % STAGES))
             turn += 1
             total_M = gl.convert_layout(gl.where(sum_M == 0, 1.0, sum_M), gl.SliceLayout(1, ACC))
             out_MD = out_ptr + (token_M * out_strides[0] + head_M * out_strides[1])[:, None] + d_D[None, :]
@@ -189,7 +183,7 @@ def _hopper_prefill_kernel(
 ):  # fmt: skip
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     KV: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
-    BAR: gl.constexpr = mbarrier.MBarrierLayout()
+    BAR: gl.constexpr = hopper.mbarrier.MBarrierLayout()
     HALF_M: gl.constexpr = BLOCK_M // 2
     q_smem = gl.allocate_shared_memory(dtype, [2, HALF_M, HEAD_DIM], KV)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, HEAD_DIM], KV)
@@ -199,24 +193,20 @@ def _hopper_prefill_kernel(
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=_THREADS)
-        mbarrier.init(v_full.index(i), count=_THREADS)
-        mbarrier.init(k_empty.index(i), count=2)
-        mbarrier.init(v_empty.index(i), count=2)
+        hopper.mbarrier.init(k_full.index(i), count=_THREADS)
+        hopper.mbarrier.init(v_full.index(i), count=_THREADS)
+        hopper.mbarrier.init(k_empty.index(i), count=2)
+        hopper.mbarrier.init(v_empty.index(i), count=2)
     rows = (order_ptr, seq_lens_ptr, query_start_ptr, num_kv_heads, num_rows, num_items)
     buffers = (k_smem, v_smem, k_full, k_empty, v_full, v_empty)
     source = (k_ptr, v_ptr, table_ptr, table_stride, k_strides, v_strides)
     target = (q_ptr, out_ptr, q_strides, out_strides)
     # Registers of a thread: those that compute get 208, those that copy what is left of 3 * 168.
-    gl.warp_specialize(
-        [
-            (_consume, (target, rows, scale, q_smem.index(0), buffers, GROUP, 0)),
-            (_consume, (target, rows, scale, q_smem.index(1), buffers, GROUP, 1)),
-            (_produce, (source, rows, buffers, GROUP, PAGE, BLOCK_M)),
-        ],
-        [4, 4],
-        [208, 88],
-    )
+    gl.warp_specialize([
+        (_consume, (target, rows, scale, q_smem.index(0), buffers, GROUP, 0)),
+        (_consume, (target, rows, scale, q_smem.index(1), buffers, GROUP, 1)),
+        (_produce, (source, rows, buffers, GROUP, PAGE, BLOCK_M)),
+    ], [4, 4], [208, 88])  # fmt: skip
 
 
 _capability = functools.cache(torch.cuda.get_device_capability)  # asked for in every layer of every step

@@ -25,7 +25,8 @@ _FREE = {"device", "max_num_seqs", "max_num_batched_tokens", "block_size", "gpu_
 _FREE |= {"num_gpu_blocks_override", "cpu_kv_cache_gib", "enable_prefix_caching", "fuse", "enforce_eager"}
 _FREE |= {"prefill_backend", "decode_backend"}
 _WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx")
-_HASHED_BYTES = 2**20  # of a .gguf file, whose head holds the configuration and the tokenizer
+_HASHED_BYTES = 2**20  # of a .gguf file's head, which holds the configuration and the tokenizer, and of weights' ends
+END = "sha256 of the end"
 
 
 def fingerprint(spec: JobSpec, listing: Listing) -> dict[str, Any]:
@@ -35,14 +36,13 @@ def fingerprint(spec: JobSpec, listing: Listing) -> dict[str, Any]:
     tree: dict[str, Any] = {
         "format": FORMAT,
         "source": source | {"files": {name: f"{size:,} bytes, {tag}" for name, (size, tag) in listing.tags.items()}},
-        "prompt": spec.prompt,
-        "messages": [message.model_dump() for message in spec.messages or ()],
+        "prompt": spec.prompt, "messages": [message.model_dump() for message in spec.messages or ()],
         "model": engine | {"files": _model_files(spec.model.model)},
         "tokenizer": {"files": _model_files(spec.model.tokenizer)} if spec.model.tokenizer is not None else None,
         "sampling": spec.sampling.model_dump(exclude_defaults=True),
         "sink": spec.sink.model_dump(exclude_defaults=True, include={"format", "table", "columns"}),
-    }
-    return dict(_flat("", tree))
+    }  # fmt: skip
+    return dict(_flat("", {key: item for key, item in tree.items() if item is not None and item != []}))
 
 
 def _flat(place: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -51,27 +51,33 @@ def _flat(place: str, value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict):
         for key, item in value.items():
             yield from _flat(f"{place}.{key}" if place else str(key), item)
-    elif value is not None and value != []:
-        yield place, json.loads(json.dumps(value, default=str))
+    else:
+        yield place, "null" if value is None else json.loads(json.dumps(value, default=str))
 
 
 def _model_files(source: str) -> dict[str, str]:
-    """Sizes of a local model's weight files, hashes of its other files. A hub id's files are its revision's."""
+    """Sizes of a local model's files, hashes of them or of weights' ends. A hub id's files are its revision's."""
     path = Path(source).expanduser()
     files = [path] if path.is_file() else sorted(file for file in path.glob("*") if file.is_file())
     told = {}
     for file in files:
+        size, weights = file.stat().st_size, file.suffix in _WEIGHTS
         with file.open("rb") as f:
-            head = f.read(_HASHED_BYTES) if file.suffix == ".gguf" else b"" if file.suffix in _WEIGHTS else f.read()
-        told[file.name] = f"{file.stat().st_size:,} bytes"
+            head = f.read(_HASHED_BYTES) if file.suffix == ".gguf" else b"" if weights else f.read()
+            f.seek(max(0, size - _HASHED_BYTES))
+            end = f.read() if weights else b""  # their size stays when a model is trained further
+        told[file.name] = f"{size:,} bytes"
         told[file.name] += f", sha256 {hashlib.sha256(head).hexdigest()[:16]}" if head else ""
+        told[file.name] += f", {END} {hashlib.sha256(end).hexdigest()[:16]}" if end else ""
     return told
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """A line for each field that differs, with both values."""
     pairs = {name: (old.get(name), new.get(name)) for name in sorted({*old, *new})}
-    lines = [f"{name}: {_show(a, b)} -> {_show(b, a)}" for name, (a, b) in pairs.items() if a != b]
+    # Earlier versions did not look at the ends of weights.
+    other = {name: pair for name, pair in pairs.items() if not f"{pair[1]}, {END} ".startswith(f"{pair[0]}, {END} ")}
+    lines = [f"{name}: {_show(a, b)} -> {_show(b, a)}" for name, (a, b) in other.items()]
     return lines[:MAX_SHOWN] + ([f"and {len(lines) - MAX_SHOWN} more"] if len(lines) > MAX_SHOWN else [])
 
 

@@ -191,9 +191,7 @@ def load_job(path: str | os.PathLike[str], *, limit: int | None = None) -> JobSp
 
 def resolve_uri(uri: str, base: str | os.PathLike[str]) -> str:
     """Make a local path absolute; a URI with a scheme stays as it is."""
-    if "://" in uri or "::" in uri:
-        return uri
-    return os.path.abspath(os.path.join(base, os.path.expanduser(uri)))
+    return uri if "://" in uri or "::" in uri else os.path.abspath(os.path.join(base, os.path.expanduser(uri)))
 
 
 def _resolve_model(source: str, base: str | os.PathLike[str]) -> str:

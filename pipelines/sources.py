@@ -40,6 +40,7 @@ UNIT_ROWS = 8192  # row groups smaller than this share a read task
 _PICKLED_TYPES = (b"ray.data.arrow_pickled_object", b"arrow.py_extension_type")
 _PLAIN = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}  # layouts that not all functions take
 _TAGS = ("ETag", "etag", "md5Hash", "crc32c", "content_md5", "mtime", "LastModified", "last_modified", "created")
+_HIDDEN = re.compile(r"(^|/)(\.|_(?![^/]*=[^/]*/))")  # a folder `_part=1` is a column's
 NUM_LIST_THREADS = 16  # footers are read in parallel: on an object store each costs a round trip
 
 
@@ -167,11 +168,12 @@ def list_source(spec: SourceSpec) -> Listing:
         if fs.isdir(path):
             root = path.rstrip("/")
             found = fs.find(path, detail=True).items()
-            infos = {file: info for file, info in found if not re.search(r"(^|/)[_.]", file.removeprefix(root))}
+            infos = {file: info for file, info in found if not _HIDDEN.search(file.removeprefix(root))}
         elif fs.exists(path):
             infos = {path: fs.info(path)}
         elif any(c in path for c in "*?["):
-            infos = {file: info for file, info in fs.glob(path, detail=True).items() if info["type"] == "file"}
+            found = fs.glob(path, detail=True).items()  # which calls a link, as Hugging Face's cache has, "other"
+            infos = {f: info for f, info in found if info["type"] == "file" or (info.get("islink") and not fs.isdir(f))}
             root = re.split(r"[*?\[]", path)[0].rpartition("/")[0]
     except Exception as error:  # each store's client has errors of its own
         raise ConfigError(f"source.uri = {uri!r}: {error}") from None
@@ -227,7 +229,8 @@ def _choose_format(spec: SourceSpec, files: list[str]) -> tuple[str, list[str]]:
         return spec.format, files
     by_format: dict[str, list[str]] = {}
     for file in files:
-        stem = next((file.removesuffix(end) for end in COMPRESSIONS if file.endswith(end)), file).lower()
+        name = file.lower()
+        stem = next((name.removesuffix(end) for end in COMPRESSIONS if name.endswith(end)), name)
         for format, suffixes in SUFFIXES.items():
             if stem.endswith(suffixes) and spec.format in ("auto", format):
                 by_format.setdefault(format, []).append(file)
@@ -368,14 +371,17 @@ class ReadUnits:
         at = 0  # rows of the unit that were read
         wanted = unpack_rows(unit.wanted) - unit.first_number if unit.wanted else None
         text = read_chunks(fs, unit.file, self.format, CHUNK_ROWS)  # which opens nothing before it is asked
-        for columns, errors in self._parquet(fs, unit) if self.format == "parquet" else text:
-            end = min(at + len(errors), unit.num_rows)
-            kept = np.arange(at, end) if wanted is None else wanted[slice(*np.searchsorted(wanted, [at, end]))]
-            if len(kept):
-                yield self._table(unit, at, columns, errors).take(pa.array(kept - at))
-            at = end
-            if at == unit.num_rows:
-                return
+        try:
+            for columns, errors in self._parquet(fs, unit) if self.format == "parquet" else text:
+                end = min(at + len(errors), unit.num_rows)
+                kept = np.arange(at, end) if wanted is None else wanted[slice(*np.searchsorted(wanted, [at, end]))]
+                if len(kept):
+                    yield self._table(unit, at, columns, errors).take(pa.array(kept - at))
+                at = end
+                if at == unit.num_rows:
+                    return
+        except (OSError, EOFError, ValueError) as error:  # ValueError: Arrow's and Unicode's too
+            raise OSError(f"{unit.file}: rows from {unit.first_row + at} on cannot be read: {error}") from None
         ends = f"ends at row {unit.first_row + at}, the census counted {unit.first_row + unit.num_rows}"
         raise OSError(f"{unit.file}: {ends}: the file changed under the job")
 

@@ -157,6 +157,4 @@ def open_table(sink: SinkSpec, store: Store) -> Table | None:
     Raises:
         ConfigError: its library is not installed, or the catalog cannot be opened.
     """
-    if sink.format not in ("delta", "iceberg"):
-        return None
-    return table_library("sink", sink.format).Sink(sink, store)
+    return table_library("sink", sink.format).Sink(sink, store) if sink.format in ("delta", "iceberg") else None

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from types import BuiltinMethodType
 from typing import Any
 
 from jinja2 import StrictUndefined, TemplateSyntaxError, meta, nodes
@@ -19,6 +20,8 @@ def _refuse_none(value: Any) -> Any:
     if value is None:
         text = "the template prints a null value; use {{ '' if x is none else x }} to allow it in a column x"
         raise RowError(ErrorType.TEMPLATE_ERROR, text)
+    if isinstance(value, bytes | BuiltinMethodType):
+        raise TypeError(f"printed {type(value).__name__} is no text; of bytes use x.decode(), of a field x['items']")
     return value
 
 

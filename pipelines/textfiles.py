@@ -30,7 +30,9 @@ def read_chunks(fs: Any, file: str, format: str, size: int) -> Iterator[Chunk]:
     Raises:
         ValueError: CSV without a proper header, not UTF-8, or with an open quote. OSError: it cannot be read.
     """
-    with fs.open(file, "rb", compression="infer") as stream:
+    zstd = file.lower().endswith(".zst")  # fsspec's reader takes a cut file for a whole one, and reads no lines
+    with fs.open(file, "rb", compression=None if zstd else "infer") as raw:
+        stream = io.BufferedReader(pa.CompressedInputStream(raw, "zstd")) if zstd else raw
         records = _csv_records(stream) if format == "csv" else _json_records(stream)
         names: dict[str, None] = {}  # of all records so far, in the order in which they came
         while chunk := list(islice(records, size)):
@@ -76,9 +78,7 @@ def infer_type(values: list[Any], from_text: bool) -> pa.DataType:
         except _NO_FIT:
             return pa.string()
     filled = pa.array([value for value in values if value], pa.string())
-    if not len(filled):
-        return pa.null()
-    return next((kind for kind in _NUMBERS if _holds(kind, filled)), pa.string())
+    return next((kind for kind in _NUMBERS if _holds(kind, filled)), pa.string()) if len(filled) else pa.null()
 
 
 def _holds(kind: pa.DataType, texts: pa.Array) -> bool:

@@ -110,7 +110,7 @@ class LLMProcessor:
             key=lambda entry: (entry[1].params.max_tokens or 2**31, len(entry[1].prompt_token_ids)),
             reverse=self._done is not None,  # where no row waits for another, the long ones are not to be the last
         )
-        source = _Source(table, self._columns([row.params for _, row in good]), task_attempt())
+        source = _Source(table, self._columns([row.params for _, row in good], table.column_names), task_attempt())
         col.refuse_taken(table.column_names, source.columns.names)
         errors = self._block(source, failed) if failed else None  # before the engine has the others: it may raise
         with self._turn:
@@ -223,9 +223,10 @@ class LLMProcessor:
             for ids, params, kind, stage, message in zip(*values.values(), strict=True)
         ]
 
-    def _columns(self, params: list[SamplingParams]) -> pa.Schema:
-        """OUTPUT, with log-probabilities if the job or a row of this batch asks for them."""
-        asked = {*self._asked, *(n for n in col.WHEN_ASKED if any(getattr(one, n) is not None for one in params))}
+    def _columns(self, params: list[SamplingParams], names: list[str]) -> pa.Schema:
+        """OUTPUT, with log-probabilities if the job or a row of this batch asks for them, or an earlier stage did."""
+        old = names if sum(name in names for name in col.ERROR_COLUMNS) > 1 else ()  # an earlier processor's
+        asked = {*self._asked, *old, *(n for n in col.WHEN_ASKED if any(getattr(one, n) is not None for one in params))}
         return pa.schema([field for field in col.OUTPUT if field.name in asked or field.name in col.ALWAYS])
 
     def _block(self, source: _Source, results: Mapping[int, RequestOutput | RowError]) -> pa.Table:
@@ -274,7 +275,7 @@ def sampling_defaults(value: SamplingParams | Mapping[str, Any] | None) -> dict[
 
 def as_mapping(params: Any) -> Any:
     """What SamplingParams set, also as JSON, which a result has; parameters that are none come back as they are."""
-    if isinstance(params, str):
+    if isinstance(params, str | list):  # JSON, a map's entries
         with contextlib.suppress(RowError):  # the row's check tells what is wrong
             params = SamplingParams.from_row(params)
     return params.model_dump(exclude_unset=True) if isinstance(params, SamplingParams) else params

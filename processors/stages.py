@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+from ray import cloudpickle
 
 from rayinfer.errors import RowError, Stage, describe
 from rayinfer.processors import columns as col
@@ -37,20 +38,22 @@ class Prepare:
         from rayinfer.chat import ControlTokens
 
         self._inputs, self._preprocess = inputs, preprocess
-        renders: Any = preprocess
-        if hasattr(renders, "control_tokens") and inputs.tokenizer is not None:  # a template of its own
-            renders.control_tokens = ControlTokens(inputs.tokenizer)
+        self._repeats = preprocess is None or hasattr(preprocess, "control_tokens")  # a user's may give other prompts
+        if hasattr(preprocess, "control_tokens") and inputs.tokenizer is not None:  # a template of its own
+            preprocess.control_tokens = ControlTokens(inputs.tokenizer)  # type: ignore[union-attr]
         self._defaults = sampling_defaults(sampling_params)
-        self._batch_size = batch_size
-        self._on_error, self._seconds = on_error, seconds
+        self._batch_size, self._on_error, self._seconds = batch_size, on_error, seconds
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         table = self._encode(table)
-        table = take_rows(table, by_prefix(table[col.TOKEN_IDS]))
+        # A lost worker's task runs again, and Ray skips as many blocks as it has: these are to hold the same rows.
+        if self._repeats:
+            table = take_rows(table, by_prefix(table[col.TOKEN_IDS]))
         num_blocks = -(-table.num_rows // self._batch_size)
         size = -(-table.num_rows // num_blocks)  # even, so that no call holds an engine's place with a row or two
         for start in range(0, table.num_rows, size):
-            yield table.slice(start, size)
+            block = table.slice(start, size)
+            yield block if self._repeats else take_rows(block, by_prefix(block[col.TOKEN_IDS]))
 
     def _encode(self, table: pa.Table) -> pa.Table:
         table = col.without(table, col.HIDDEN)
@@ -67,7 +70,10 @@ class Prepare:
             try:
                 if isinstance(new, RowError):
                     raise new
-                packed[index] = pickle.dumps(dict(new), protocol=5) if new else None
+                if new:
+                    # Also classes that the driver's script has; what cannot be made again fails here, not in `finish`.
+                    pickle.loads(data := cloudpickle.dumps(dict(new)))
+                    packed[index] = data
                 asked[index] = self._request(row, new)
             except RowError as error:
                 results[index] = error
@@ -78,7 +84,7 @@ class Prepare:
         for index, result in sorted(results.items()):
             if not isinstance(result, RowError):
                 params = result.params.model_dump_json(exclude_unset=True)
-                hidden.append({col.TOKEN_IDS: result.prompt_token_ids, col.PARAMS: params})
+                hidden.append({col.TOKEN_IDS: np.array(result.prompt_token_ids, np.int32), col.PARAMS: params})
             elif self._on_error == "raise":
                 col.raise_row(result, rows[index], index)
             else:
@@ -207,11 +213,16 @@ def _fit(name: str, value: Any) -> Any:
     if name == "prompt_token_ids":
         return np.array([int(id) for id in value], np.int32).tolist()  # one that does not fit raises
     if name == "messages":
-        return [{key: _text(message[key]) for key in ("role", "content") if key in message} for message in value]
+        return [
+            {key: _text(message[key]) for key in ("role", "content") if message.get(key) is not None}
+            for message in value
+        ]
     return _text(as_mapping(value))
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, list) and all(isinstance(part, Mapping) and "text" in part for part in value):
+        value = "".join(part["text"] for part in value)  # as the chat template gets it
     return utf8(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
 
@@ -223,7 +234,8 @@ def to_array(values: Sequence[Any], table: pa.Table, name: str, sample: Any = No
     Args:
         values: None is null. sample: a value whose type is taken when all of `values` are None.
     """
-    values = [value.tolist() if isinstance(value, np.ndarray | np.generic) else value for value in values]
+    # Numpy's times stay what they are: Python has none in nanoseconds.
+    values = [v.tolist() if isinstance(v, np.ndarray | np.generic) and v.dtype.kind not in "mM" else v for v in values]
     if sample is not None and all(value is None for value in values):
         return pa.nulls(len(values), to_array([sample], table, name).type)
     with contextlib.suppress(Exception):  # there is no such column, or as below

@@ -80,7 +80,7 @@ class ControlTokens:
             if pattern.search(value) is None:
                 return value
             return pattern.sub(rf"{START}\g<0>{END}", re.sub(f"[{START}{END}]", "\ufffd", value))
-        if isinstance(value, list):
+        if isinstance(value, list | tuple):  # a map's entries are tuples
             return [self.mark(item, special_only) for item in value]
         if isinstance(value, dict):
             return {self.mark(key, special_only): self.mark(item, special_only) for key, item in value.items()}
@@ -130,7 +130,7 @@ class Templated(str):
     def __new__(cls, text: str) -> Templated:
         """Of a text whose row went through `ControlTokens.mark`."""
         self = super().__new__(cls, unmarked(text))
-        self.marked = text if START in text else None
+        self.marked = text if START in text or END in text else None
         return self
 
 
@@ -147,6 +147,8 @@ def encode_marked(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tok
     ids: list[int] = []
     for number, piece in enumerate(_MARKED.split(text)):
         plain = number % 2 == 1
+        if piece is None and add_special_tokens:  # a job's prompt; chat templates do cut, at a "</think>" say
+            raise RowError(ErrorType.INVALID_PROMPT, "the template cuts a control token of the row (or has U+FDD0)")
         if piece:
             new = _encode(tokenizer, piece, plain, first=not ids)
             if plain and tokenizer.convert_tokens_to_ids(piece) in new:

@@ -63,6 +63,8 @@ class Engine:
             _keep_freed_memory()
         self.inputs = InputProcessor(config, info=self.info)
         self.tokenizer = tokenizer = self.inputs.tokenizer
+        ends = *self.info.eos_token_ids, getattr(tokenizer, "eos_token_id", None)  # vLLM stops at both kinds
+        self._eos_token_ids = frozenset(id for id in ends if id is not None and 0 <= id < self.info.vocab_size)
         self._piece = functools.cache(lambda token: None if tokenizer is None else str(tokenizer.decode([token])))
         kind = self.device.type
         self.max_num_seqs = config.max_num_seqs or DEFAULT_MAX_NUM_SEQS[kind]
@@ -84,10 +86,9 @@ class Engine:
         self.pool = BlockPool(num_blocks, config.block_size, config.enable_prefix_caching)
         graphs = self.runner.graphs
         lag = int(LAUNCH * self.info.num_layers / sum(weight.numel() for weight in self.model.module.parameters()))
-        self.scheduler = Scheduler(
-            self.pool, self.max_num_seqs, self.max_num_batched_tokens, MAX_DRAFT_STEP[kind],
-            graphs.mixed() if graphs and lag <= MAX_LAG else ((), 0), lag,
-        )  # fmt: skip
+        mixed = graphs.mixed() if graphs and lag <= MAX_LAG else ((), 0)
+        limits = self.max_num_seqs, self.max_num_batched_tokens, MAX_DRAFT_STEP[kind]
+        self.scheduler = Scheduler(self.pool, *limits, mixed, lag)
         self.stats = EngineStats()
         self.on_admit: Callable[[list[str]], object] | None = None  # told the ids of rows before they run
         self._requests: dict[str, Request] = {}
@@ -111,7 +112,7 @@ class Engine:
                     self.on_admit([request.request_id for request in self.scheduler.admitted])
                 self._in_flight.append((step, self.runner.launch(step.plan)))
         except BaseException as error:  # Ctrl-C too: the prefix cache knows blocks that this step was to write
-            self.reset_prefix_cache()
+            self.pool.reset_prefix_cache()
             if step is None or not is_out_of_memory(error):
                 raise
             return self._shrink(step, error)
@@ -123,7 +124,9 @@ class Engine:
         if not self._in_flight:
             assert not self.has_work, "rows are left, none can be scheduled and no step is in flight"
             return []
-        return self._read(*self._in_flight.popleft())
+        # Of a step with drafts, the next one's tokens are known only when it was read, and one may be before it.
+        num_read = len(self._in_flight) if step is not None and step.num_drafts else 1
+        return [output for _ in range(num_read) for output in self._read(*self._in_flight.popleft())]
 
     def add(self, request_id: str, row: EncodedRow) -> None:
         """Queue a row.
@@ -142,7 +145,7 @@ class Engine:
         request = Request(
             request_id, row.prompt_token_ids, params, row.prompt,
             seed=params.seed if params.seed is not None else self._row_seed(row),
-            stop_token_ids=frozenset(self.info.eos_token_ids + params.stop_token_ids),
+            stop_token_ids=self._eos_token_ids.union(params.stop_token_ids),
             max_total_tokens=num_prompt + min(params.max_tokens or most, most),
             prompt_logprobs=[None],  # nothing comes before the first token
         )  # fmt: skip
@@ -169,10 +172,6 @@ class Engine:
         stats.kv_usage, stats.num_preemptions = self.pool.usage, self.scheduler.num_preemptions
         return stats
 
-    def reset_prefix_cache(self) -> None:
-        """Forget cached prefixes; rows that run keep their blocks."""
-        self.pool.reset_prefix_cache()
-
     def _shrink(self, step: Step, error: BaseException) -> list[RequestOutput]:
         """Go on with smaller steps after one that found no memory; all rows are computed again."""
         finished = []
@@ -184,10 +183,8 @@ class Engine:
             raise error
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        logger.warning(
-            "out of memory: at most %d tokens a step and %d rows from here on (%s)",
-            self.scheduler.max_num_batched_tokens, self.scheduler.num_slots, error,
-        )  # fmt: skip
+        most = self.scheduler.max_num_batched_tokens, self.scheduler.num_slots
+        logger.warning("out of memory: at most %d tokens a step and %d rows from here on (%s)", *most, error)
         return finished
 
     def _read(self, step: Step, handle: StepHandle) -> list[RequestOutput]:
@@ -222,7 +219,7 @@ class Engine:
     def _ends(self, request: Request, token: int) -> bool:
         """Set finish_reason if this token is the row's last."""
         if len(request.output_token_ids) >= request.params.min_tokens:
-            is_eos = token in self.info.eos_token_ids and not request.params.ignore_eos
+            is_eos = token in self._eos_token_ids and not request.params.ignore_eos
             if is_eos or token in request.params.stop_token_ids:
                 request.finish_reason = "stop"
                 request.stop_reason = None if is_eos else token

@@ -82,7 +82,7 @@ def _prove(engine: Engine) -> None:
     engine.add("", EncodedRow([0], SamplingParams(temperature=0, max_tokens=1)))
     while engine.has_work:
         engine.step()
-    engine.reset_prefix_cache()
+    engine.pool.reset_prefix_cache()
     engine.stats = EngineStats()
 
 

@@ -49,7 +49,7 @@ class RowError(ValueError):
 
     def __init__(self, type: ErrorType, message: str, stage: str | None = None):
         super().__init__(message.encode(errors="backslashreplace").decode())
-        self.type, self.stage = type, Stage(stage) if stage and stage in {*Stage} else None
+        self.type, self.stage = ErrorType(type), Stage(stage) if stage and stage in {*Stage} else None
 
     def __reduce__(self):
         return (RowError, (self.type, str(self), self.stage))

@@ -88,13 +88,6 @@ class InputProcessor:
         assert self.tokenizer is not None
         return ChatTemplate(self.tokenizer, *self._chat_args)
 
-    def encode(self, row: Mapping[str, Any]) -> EncodedRow:
-        """Encode one row. Raises RowError with the type that its error column gets."""
-        result = self.encode_batch([row])[0]
-        if isinstance(result, RowError):
-            raise result
-        return result
-
     def encode_batch(self, rows: Sequence[Mapping[str, Any]]) -> list[EncodedRow | RowError]:
         """Encode rows, tokenizing all texts in one call. The results are in the order of the rows.
 
@@ -105,7 +98,9 @@ class InputProcessor:
         texts = defaultdict[bool, list[tuple[int, str, SamplingParams]]](list)  # by whether special tokens are added
         for index, row in enumerate(rows):
             try:
-                params = SamplingParams.from_row(_plain(row.get("sampling_params")))
+                own = row.get("sampling_params")  # in a dict, which is Python's, a None is meant: no max_tokens
+                own = {key: _plain(value) for key, value in own.items()} if type(own) is dict else _plain(own)
+                params = SamplingParams.from_row(own)
                 kind, value = self._input_of(row)
                 if kind == "prompt_token_ids":
                     results[index] = self._checked(value, params, None)
@@ -217,6 +212,4 @@ def _plain(value: Any) -> Any:
         value = value.tolist()
     if isinstance(value, Mapping):
         return {key: _plain(inner) for key, inner in value.items() if inner is not None}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    return value
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value

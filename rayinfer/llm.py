@@ -72,7 +72,7 @@ class LLM:
 
     def reset_prefix_cache(self) -> None:
         """Forget cached prefixes."""
-        self.engine.reset_prefix_cache()
+        self.engine.pool.reset_prefix_cache()
 
     def _run(
         self, rows: list[dict[str, Any]], sampling_params: Params, inputs: InputProcessor, use_tqdm: bool, on_error: str
@@ -82,7 +82,8 @@ class LLM:
         params = sampling_params if isinstance(sampling_params, Sequence) else [sampling_params] * len(rows)
         if len(params) != len(rows):
             raise ConfigError(f"sampling_params has {len(params)} entries for {len(rows)} prompts")
-        rows = [{"sampling_params": own, **row} for row, own in zip(rows, params, strict=True)]
+        pairs = zip(rows, params, strict=True)
+        rows = [{**r, "sampling_params": own if (it := r.get("sampling_params")) is None else it} for r, own in pairs]
         outputs: dict[int, RequestOutput] = {}
         self._num_calls += 1
         # Rows that may be long come first, so that few of them are left running alone at the end.

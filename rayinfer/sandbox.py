@@ -30,7 +30,7 @@ _MAX_BITS = 2**12  # of an integer
 
 # Filters and methods of strings whose result is not bounded by a multiple of their input; widths are integer arguments.
 _GROWING = {"batch", "center", "expandtabs", "indent", "join", "ljust", "replace", "rjust", "round", "slice", "tojson"}
-_GROWING |= {"translate", "truncate", "wordwrap", "zfill", "format", "format_map"}
+_GROWING |= {"translate", "wordwrap", "zfill", "format", "format_map"}
 _WIDE = re.compile(r"\d{5}|%[-+ #0-9.]*\*|\{[^{}]*\{")  # widths in a format, or taken from its arguments
 _VIEWS = (list, tuple, set, frozenset, KeysView, ValuesView, ItemsView)
 

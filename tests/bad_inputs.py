@@ -243,8 +243,8 @@ MESSAGES = [
     talk("content at the limit", [{"role": "user", "content": "x" * 250}], "256 tokens", FITS, kind=LONG),
     talk("many", [{"role": "user", "content": "a"}] * 1000, "7000 tokens", FITS, kind=LONG),
     talk("control tokens long", [{"role": "user", "content": "<eos>" * 50}], "256 tokens", FITS, kind=LONG),
-    talk("deep", deep(5000), "RecursionError", kind="PREPROCESS_ERROR"),
-    talk("deep extra", chat(SECRET, extra=deep(5000))["messages"], "RecursionError", kind="PREPROCESS_ERROR"),
+    talk("deep", deep(5000), "deep recursion", kind="PREPROCESS_ERROR"),
+    talk("deep extra", chat(SECRET, extra=deep(5000))["messages"], "deep recursion", kind="PREPROCESS_ERROR"),
 ]
 
 TOO_LARGE = "too large"
@@ -364,7 +364,7 @@ FUNCTIONS = [
     returns("list", [SECRET], "list", WANT_DICT),
     returns("set", {SECRET}, "set", WANT_DICT),
     returns("generator", iter([SECRET]), "iterator", WANT_DICT),
-    returns("function", {"prompt": "a", "f": lambda: 1}, "preprocess raised"),
+    returns("generator in it", {"prompt": "a", "g": (i for i in ())}, "preprocess raised", "pickle"),
     returns("lock", {"prompt": "a", "lock": threading.Lock()}, "preprocess raised", "pickle"),
     returns("int key", {"prompt": "a", 5: 1}, "preprocess raised", "names no column"),
     returns("surrogate key", {"prompt": "a", "\ud800": 1}, "names no column"),

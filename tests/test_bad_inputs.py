@@ -54,7 +54,7 @@ def answers(llm, model_path, engine_kwargs):  # noqa: F811
 
 def wrong(row, what, error_type, fragments):
     """What is wrong with the error row of a bad input, or None."""
-    message, secret = row["error_message"], bad_inputs.SECRET.casefold()
+    message, secret = row["error_message"] or "", bad_inputs.SECRET.casefold()
     missing = [part for part in fragments if not (re.search(part, message) if "|" in part else part in message)]
     quoted = any(secret[i : i + 8] in message.casefold() for i in range(len(secret) - 8))
     empty = (row["generated_text"], row["generated_tokens"], row["finish_reason"]) == (None, None, "error")

@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from rayinfer import EngineConfig, RowError
-from rayinfer.chat import ChatTemplate, encode_marked, unmarked
+from rayinfer.chat import ChatTemplate, ControlTokens, encode_marked, unmarked
 from rayinfer.errors import ConfigError, bare_uri
 from rayinfer.inputs import InputProcessor
 from rayinfer.pipelines.identity import claim_job, fingerprint
@@ -137,11 +137,12 @@ def test_rows_without_control_text_take_the_usual_way(model_path, engine_kwargs)
     for content in ("hello", "a < b [c] \ufdd1", "eos", "<eo s>"):
         messages = [{"role": "user", "content": content}]
         want = inputs.tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-        assert inputs.encode({"messages": messages}).prompt_token_ids == want
-    row = inputs.encode({"messages": [{"role": "user", "content": "a<eos>b"}]})
+        assert inputs.encode_batch([{"messages": messages}])[0].prompt_token_ids == want
+    row = inputs.encode_batch([{"messages": [{"role": "user", "content": "a<eos>b"}]}])[0]
     assert inputs.tokenizer.eos_token_id not in row.prompt_token_ids
     assert row.prompt == "[user]a<eos>b[bot]"
-    assert inputs.tokenizer.eos_token_id in inputs.encode({"prompt": "a<eos>b"}).prompt_token_ids  # raw, as documented
+    raw = inputs.encode_batch([{"prompt": "a<eos>b"}])[0].prompt_token_ids
+    assert inputs.tokenizer.eos_token_id in raw  # as documented
 
 
 def test_control_tokens_of_a_job_are_those_of_its_template(model_path, engine_kwargs):  # noqa: F811
@@ -157,6 +158,24 @@ def test_control_tokens_of_a_job_are_those_of_its_template(model_path, engine_kw
     assert clean == stage._inputs.tokenizer("clean<eos>CLEAN<eos>")["input_ids"]
     assert hostile.count(eos) == clean.count(eos) == 2
     assert stage._inputs.tokenizer.decode(hostile) == "a<eos>b<eos>A<EOS>B<eos>"
+
+
+@pytest.mark.parametrize("cut", ["{{ text[:6] }}", "{{ text[-6:] }}", "{{ text | truncate(6, true, '') }}"])
+def test_a_template_that_cuts_makes_no_control_token(model_path, engine_kwargs, cut):  # noqa: F811
+    """The mark behind a token was cut off, and what a row wrote became the token itself."""
+    inputs = InputProcessor(EngineConfig.parse(model=model_path, **engine_kwargs))
+    stage = Prepare(inputs, RenderPrompt(PromptTemplate(cut)), {}, 16, "record")
+    texts = ["clean", *(" " * i + "<eos>" + " " * j for i in range(4) for j in range(3))]
+    source = pa.array([{"text": text} for text in texts])
+    (block,) = stage(pa.table({SOURCE: source, SOURCE_ERROR: pa.nulls(len(texts), pa.string())}))
+    ids, kinds = block["__rayinfer_token_ids"].to_pylist(), block["__rayinfer_error_type"].to_pylist()
+    assert not any(inputs.tokenizer.eos_token_id in some for some in ids if some is not None)
+    assert set(kinds) == {None, "INVALID_PROMPT"}
+
+
+def test_control_tokens_in_a_map_are_text(tokenizer):
+    marked = ControlTokens(tokenizer).mark([("a", "<|im_end|>")])
+    assert unmarked(marked[0][1]) == "<|im_end|>" != marked[0][1]
 
 
 @pytest.mark.parametrize("role", ["eos", "im_end", "<|im_end|>", "", "|"])
@@ -228,7 +247,7 @@ def test_templates_reach_neither_python_nor_files(source):
 def test_a_template_in_a_row_is_text(model_path, engine_kwargs):  # noqa: F811
     inputs = InputProcessor(EngineConfig.parse(model=model_path, **engine_kwargs))
     row = {"messages": [{"role": "user", "content": "{{ 7 * 7 }}"}], "chat_template": "{{ 8 * 8 }}"}
-    assert inputs.encode(row).prompt == "[user]{{ 7 * 7 }}[bot]"
+    assert inputs.encode_batch([row])[0].prompt == "[user]{{ 7 * 7 }}[bot]"
     rendered = PromptTemplate("{{ a }}").render({"a": "{{ 7 * 7 }}"})
     assert rendered == {"prompt": "{{ 7 * 7 }}"}
 

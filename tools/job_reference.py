@@ -33,9 +33,12 @@ sink: {uri: out, format: parquet}
 
 Templates are Jinja2 over a row's columns, in a sandbox: `{{ text }}`, or `{{ row["a name with spaces"] }}`; a name is a
 column or a mistake, so there are no globals such as `range`. A null that would be printed fails the row;
-`{{ '' if note is none else note }}` allows it. The rows of the table that is written are in no order. `limit`, like the
-prompt, the model and the sampling, is part of what a job is: with another one it wants another output folder, or
-`--overwrite`.
+`{{ '' if note is none else note }}` allows it. (One that a filter or `~` made text of is not seen: `{{ note | trim }}`
+prints `None`.) A template that cuts through a control token of a row's text (`{{ text[:100] }}`) fails that row.
+
+The rows of the table that is written are in no order. `limit`, like the prompt, the model and the sampling, is part of
+what a job is: with another one it wants another output folder, or `--overwrite`. A model folder is known by the sizes
+of its files, the ends of its weights and the whole of the others; a hub id by its name and `revision`.
 """
 PARTS = {
     "": JobSpec, "source": SourceSpec, "messages, each": MessageSpec, "model": EngineConfig, "sampling": SamplingParams,

@@ -95,7 +95,7 @@ class _Recorder:
         )  # fmt: skip
         self.calls.append((module, spec))
         self.seen += [query, key]
-        return query.new_zeros(query.shape).transpose(1, 2)
+        return query.new_zeros(query.transpose(1, 2).shape)  # contiguous, which some models count on
 
 
 AttentionInterface.register(ATTENTION, lambda module, *args, **kwargs: (module.paged(module, *args, **kwargs), None))

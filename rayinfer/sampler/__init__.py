@@ -64,7 +64,7 @@ def _top_ids(logits_RV: torch.Tensor, num_top: int) -> torch.Tensor:
     bits_RV = logits_RV.view(torch.int32).long()
     order_RV = torch.where(bits_RV < 0, -(2**31) - bits_RV, bits_RV)  # integers in the order of the floats
     key_RV = order_RV * 2**32 + (2**32 - 1 - torch.arange(logits_RV.shape[1], device=logits_RV.device))
-    return 2**32 - 1 - key_RV.topk(num_top, -1).values % 2**32
+    return 2**32 - 1 - key_RV.topk(min(num_top, logits_RV.shape[1]), -1).values % 2**32
 
 
 def row_by_row(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -251,9 +251,9 @@ def test_an_id_is_given_once(make_llm, reference_of):
     prompts = random_prompts(4)
     engine = make_llm("llama", run_ahead=1, block_size=4).engine
     for index, prompt in enumerate(prompts):
-        engine.add(str(index), engine.inputs.encode({"prompt_token_ids": prompt, "sampling_params": GREEDY}))
+        engine.add(str(index), engine.inputs.encode_batch([{"prompt_token_ids": prompt, "sampling_params": GREEDY}])[0])
     with pytest.raises(ValueError, match="request_id = '1'"):
-        engine.add("1", engine.inputs.encode({"prompt_token_ids": [5]}))
+        engine.add("1", engine.inputs.encode_batch([{"prompt_token_ids": [5]}])[0])
     outputs = {}
     while engine.has_work:
         outputs.update({output.request_id: output.outputs[0].token_ids for output in engine.step()})

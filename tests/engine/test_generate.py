@@ -83,7 +83,7 @@ def test_rows_join_a_running_batch(make_llm, reference_of):
         if (waiting and engine.stats.num_steps % 3 == 0) or not engine.has_work:
             index = waiting.pop(0)
             row = {"prompt_token_ids": PROMPTS[index], "sampling_params": GREEDY}
-            engine.add(str(index), engine.inputs.encode(row))
+            engine.add(str(index), engine.inputs.encode_batch([row])[0])
         for output in engine.step():
             assert output.request_id not in got
             got[output.request_id] = output.outputs[0].token_ids
@@ -118,3 +118,10 @@ def test_memory_is_given_back(folder_of):
     llm.generate(as_rows(random_prompts(2)), SamplingParams(max_tokens=2, detokenize=False), use_tqdm=False)
     del llm
     assert module() is pool() is None
+
+
+def test_a_row_without_parameters_of_its_own_has_the_calls(make_llm):
+    """Rows of a table have None there, and were sampled with the defaults."""
+    rows = [{"prompt_token_ids": PROMPTS[0]}, {"prompt_token_ids": PROMPTS[0], "sampling_params": None}]
+    plain, none = ids_of(make_llm("llama").generate(rows, GREEDY, use_tqdm=False))
+    assert plain == none

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from rayinfer import SamplingParams
-from tests.engine.tiny import as_rows, ids_of, random_prompts
+from tests.engine.tiny import SHAPE, as_rows, ids_of, random_prompts
 
 PROMPTS = random_prompts(6, high=36)
 TOLERANCE = 1e-4
@@ -109,3 +110,12 @@ def test_asking_changes_no_token(make_llm):
     seeded = [[p.model_copy(update={"seed": i}) for i, p in enumerate(part)] for part in (PARAMS, plain)]
     asked, silent = (ids_of(llm.generate(as_rows(PROMPTS), part, use_tqdm=False)) for part in seeded)
     assert asked == silent
+
+
+def test_more_than_the_vocabulary_has(make_llm, tmp_path):
+    """A model of proteins has fewer tokens than a row may ask for; the step died of that row."""
+    config = LlamaConfig(**{**SHAPE, "vocab_size": 12})
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    params = SamplingParams(temperature=0, max_tokens=2, logprobs=20, prompt_logprobs=20, ignore_eos=True)
+    (output,) = make_llm(str(tmp_path)).generate(as_rows([[3, 4]]), params, use_tqdm=False)
+    assert [len(entry) for entry in (*output.outputs[0].logprobs, output.prompt_logprobs[1])] == [12] * 3

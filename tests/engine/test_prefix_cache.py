@@ -194,7 +194,7 @@ def test_rows_of_one_step_hold_one_copy(make_llm):
     engine = make_llm("llama", block_size=8).engine
     for i in range(6):
         row = {"prompt_token_ids": shared[:32] + [10 + i], "sampling_params": {"max_tokens": 2, "temperature": 0}}
-        engine.add(str(i), engine.inputs.encode(row))
+        engine.add(str(i), engine.inputs.encode_batch([row])[0])
     engine.step()
     assert engine.pool.num_blocks - 1 - engine.pool.num_free == 4 + 6
     check_blocks(engine.pool, engine.scheduler.running)

@@ -8,6 +8,7 @@ import random
 import pytest
 
 from rayinfer import LLM, SamplingParams, scheduler, speculation
+from rayinfer.request import EncodedRow
 from rayinfer.speculation import Lookup
 from tests.engine.test_triton_engine import triton_llm
 from tests.engine.tiny import as_rows, ids_of, random_prompts
@@ -156,3 +157,24 @@ def test_a_long_text_learned_at_once(num_kinds, seed):
             assert lookup.guess(15) == one_by_one.guess(15)
             lookup.learn([token])
         one_by_one.learn([token])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_step_with_drafts_is_read_before_the_next(make_llm, reference_of, seed):
+    """A row came in with one token to compute, drafts behind it, while another one's last step was under way: that one
+    was read in the place of the drafts, and the next token was computed from a draft that was wrong."""
+    llm = make_llm("llama", 1, block_size=16)
+    engine, draw = llm.engine, random.Random(seed)
+    known = ([draw.randrange(3, 97) for _ in range(4)] * 5)[:17]  # one block, and a token
+    other, last = ([draw.randrange(3, 97) for _ in range(9)] for _ in range(2))
+    llm.generate(as_rows([known]), GREEDY.model_copy(update={"max_tokens": 1}), use_tqdm=False)
+    engine.scheduler.all_known = False
+    rows, comes = {"other": (other, 4), "known": (known, 8), "last": (last, 4)}, {0: "other", 4: "known", 5: "last"}
+    found, step = {}, 0
+    while engine.has_work or len(found) < 3:
+        if name := comes.get(step):
+            prompt, num = rows[name]
+            engine.add(name, EncodedRow(list(prompt), GREEDY.model_copy(update={"max_tokens": num})))
+        found |= {output.request_id: output.outputs[0].token_ids for output in engine.step()}
+        step += 1
+    assert found == {name: reference_of("llama").generate(*row, eos_token_id=-1) for name, row in rows.items()}

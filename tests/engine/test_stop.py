@@ -97,6 +97,17 @@ def test_eos(scripted, tokenizer):
     assert ignored.text == tokenizer.decode(script[: LENGTH - 1], skip_special_tokens=True)
 
 
+def test_the_tokenizers_eos_ends_a_row_and_one_out_of_the_vocabulary_harms_none(tokenizer, tmp_path):
+    """As with vLLM; a fine-tune may have a new one in its tokenizer alone. A row with min_tokens met one of 9,999."""
+    script = tokenizer(SCRIPT)["input_ids"]
+    save_scripted(str(tmp_path), [*script, *[0] * (LENGTH - len(script))], len(tokenizer), 9999)
+    tokenizer.save_pretrained(tmp_path)
+    end = script.index(tokenizer.eos_token_id) + 1
+    plain, least, ignored = _run(LLM(str(tmp_path), **TINY), {}, {"min_tokens": 3}, {"ignore_eos": True})
+    assert _ends(plain) == _ends(least) == ("stop", None, script[:end])
+    assert ignored.finish_reason == "length"
+
+
 def test_pieces_of_logprobs(scripted, tokenizer, monkeypatch):
     """Each is the text of its token alone, which the tokenizer is asked for once."""
     llm, asked = scripted[0], []

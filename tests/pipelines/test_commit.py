@@ -13,17 +13,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from benchmarks import commit_crashes as sim
 from rayinfer.errors import ConfigError
 from rayinfer.pipelines import run
 from rayinfer.pipelines import store as store_module
-from rayinfer.pipelines.identity import bare_uri, differences, read_job
+from rayinfer.pipelines.identity import bare_uri, differences, fingerprint, read_job
+from rayinfer.pipelines.job import JobSpec
 from rayinfer.pipelines.keys import pack_rows
 from rayinfer.pipelines.log import CommitLog, Lease, OutputTakenError, Part
 from rayinfer.pipelines.run import check_equation
 from rayinfer.pipelines.sinks import MARKER
+from rayinfer.pipelines.sources import list_source
 from rayinfer.pipelines.store import META, LocalStore, Store, claim, open_store
 from rayinfer.pipelines.verify import verify
 
@@ -171,6 +175,28 @@ def test_differences_name_the_field_and_keep_secrets():
         "sampling.seed: '1' -> nothing",
     ]
     assert differences({str(i): 1 for i in range(20)}, {})[-1] == "and 12 more"
+
+
+def test_weights_of_one_size_and_values_that_are_no_defaults_make_another_job(tmp_path):
+    """A job went on with a model that was trained further, and with max_tokens and columns that are no defaults."""
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "in.parquet")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")
+
+    def told(weights: bytes, **parts) -> dict:
+        (tmp_path / "model/model.safetensors").write_bytes(b"head" + bytes(3 << 20) + weights)
+        job = {"source": {"uri": str(tmp_path / "in.parquet")}, "prompt": "a", "model": str(tmp_path / "model")}
+        spec = JobSpec.parse({**job, "sink": {"uri": str(tmp_path / "out")}, **parts})
+        return fingerprint(spec, list_source(spec.source))
+
+    name, first = "model.files.model.safetensors", told(b"one")
+    assert [line.partition(":")[0] for line in differences(first, told(b"two"))] == [name]
+    earlier = {**first, name: first[name].partition(", ")[0]}  # as versions wrote it that knew the size alone
+    assert differences(earlier, first) == []
+    assert differences({**earlier, name: "1 bytes"}, first) != []
+    assert differences(first, told(b"one", sampling={"max_tokens": None})) == ["sampling.max_tokens: nothing -> 'null'"]
+    sink = {"uri": str(tmp_path / "out"), "columns": []}
+    assert differences(first, told(b"one", sink=sink)) == ["sink.columns: nothing -> '[]'"]
 
 
 def test_a_part_that_is_gone_is_told_without_the_password_and_with_a_way_out(tmp_path):

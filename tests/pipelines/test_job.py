@@ -172,10 +172,19 @@ def test_unknown_columns(text, message):
         ("{{ l.append(1) }}", "SecurityError"),
         ("{{ row.update({'a': 1}) }}", "SecurityError"),
         ("{% include 'x' %}", "the template raised TypeError"),
+        ("{{ raw }}", r"TypeError .*: printed bytes is no text; of bytes use x\.decode"),
+        ("{{ d.items }}", r"builtin_function_or_method is no text; .* of a field x\['items'\]"),
     ],
 )
 def test_a_row_that_its_template_cannot_take(text, message):
     with pytest.raises(RowError, match=message) as caught:
-        PromptTemplate(text).render({"x": "TOP-SECRET", "n": None, "zero": 0, "l": []})
+        PromptTemplate(text).render({"x": "TOP-SECRET", "n": None, "zero": 0, "l": [], "raw": b"a", "d": {"items": 1}})
     assert caught.value.type == ErrorType.TEMPLATE_ERROR
     assert "TOP-SECRET" not in str(caught.value)
+
+
+def test_long_rows_may_be_truncated():
+    """The sandbox took text and width for factors of what `truncate` returns, and refused just the long rows."""
+    for width, num in ((20_000, 15_000), (10_000, 30_000), (200_000, 500)):
+        (text,) = PromptTemplate(f"{{{{ x | truncate({width}, true, '') }}}}").render({"x": "a" * num}).values()
+        assert len(text) == min(width, num)

@@ -158,13 +158,14 @@ def test_types_that_json_and_csv_have_not(tmp_path):
         "money": pa.array([Decimal("1.10")], pa.decimal128(10, 2)),
         "nan": pa.array([float("nan")]),
         "tags": pa.array([["a", "b"]]),
+        "map": pa.array([[("k", float("inf"))]], pa.map_(pa.string(), pa.float64())),  # its entries are tuples
     }
     pq.write_table(pa.table(kinds), tmp_path / "in.parquet")
     spec = spec_of(tmp_path / "in.parquet", {"uri": str(tmp_path / "out"), "format": "jsonl"})
     written(spec)
     (part,) = parts_in(tmp_path / "out")
     row = json.loads(part.read_text())
-    assert [row[key] for key in kinds] == ["2024-01-02 03:04:05", "1.10", None, ["a", "b"]]
+    assert [row[key] for key in kinds] == ["2024-01-02 03:04:05", "1.10", None, ["a", "b"], [["k", None]]]
     spec = spec_of(tmp_path / "in.parquet", {"uri": str(tmp_path / "csv"), "format": "csv"})
     with pytest.raises(ConfigError, match=r"sink.format = 'csv' cannot hold column 'tags' of type list"):
         finished(spec)

@@ -248,6 +248,13 @@ def test_row_sampling_params_complete_the_defaults(llm, model_path, engine_kwarg
     stage = prepare(model_path, engine_kwargs, lambda row: {"prompt": "a", "sampling_params": {"max_tokens": None}})
     (encoded,) = stage(names_table(["good"]))
     assert SamplingParams.model_validate_json(encoded.column(col.PARAMS)[0].as_py()).max_tokens is None
+    stage = prepare(model_path, engine_kwargs, lambda row: {"prompt": "a"}, sampling_params={"max_tokens": None})
+    (encoded,) = stage(names_table(["good"]))  # so is one of the job's own, which came back as the default, 16
+    assert SamplingParams.model_validate_json(encoded.column(col.PARAMS)[0].as_py()).max_tokens is None
+    kind = pa.map_(pa.string(), pa.float64())  # as Spark's tables have: the job's parameters were left out
+    mapped = pa.table({"prompt": ["a"], "sampling_params": pa.array([[("max_tokens", 3.0)]], kind)})
+    (encoded,) = prepare(model_path, engine_kwargs, None)(mapped)
+    assert json.loads(encoded.column(col.PARAMS)[0].as_py()) == {**GREEDY, "max_tokens": 3}
 
 
 def test_a_sampling_params_object_completes_the_defaults(model_path, engine_kwargs):
