@@ -49,7 +49,7 @@ def run_rayinfer(request: Line) -> Iterator[Line]:
         llm.reset_prefix_cache()
         asked = sorted(zip(*_asked(rayinfer, work), strict=True), key=lambda row: -row[1].max_tokens)  # as LLM does
         for number, (row, params) in enumerate(asked):
-            engine.add(str(number), engine.inputs.encode({**row, "sampling_params": params}))
+            engine.add(str(number), engine.inputs.encode_batch([{**row, "sampling_params": params}])[0])
         yield {"workload": work.name, "shares": _shares(engine, num_steps[work.name])}
 
 
