@@ -286,7 +286,9 @@ def with_defaults(row: Mapping[str, Any], defaults: Mapping[str, Any]) -> Mappin
     own = as_mapping(row.get("sampling_params"))
     if own is None or isinstance(own, Mapping):
         given = {key: value for key, value in (own or {}).items() if value is not None}
-        return {**row, "sampling_params": {**defaults, **given}}
+        row = {**row, "sampling_params": {**defaults, **given}}
+        with contextlib.suppress(RowError):  # as above; checked here, a None of the defaults' keeps its meaning
+            row = {**row, "sampling_params": SamplingParams.from_row(row["sampling_params"])}
     return row
 
 

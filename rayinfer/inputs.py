@@ -98,9 +98,7 @@ class InputProcessor:
         texts = defaultdict[bool, list[tuple[int, str, SamplingParams]]](list)  # by whether special tokens are added
         for index, row in enumerate(rows):
             try:
-                own = row.get("sampling_params")  # in a dict, which is Python's, a None is meant: no max_tokens
-                own = {key: _plain(value) for key, value in own.items()} if type(own) is dict else _plain(own)
-                params = SamplingParams.from_row(own)
+                params = SamplingParams.from_row(_plain(row.get("sampling_params")))
                 kind, value = self._input_of(row)
                 if kind == "prompt_token_ids":
                     results[index] = self._checked(value, params, None)

@@ -123,5 +123,9 @@ def test_memory_is_given_back(folder_of):
 def test_a_row_without_parameters_of_its_own_has_the_calls(make_llm):
     """Rows of a table have None there, and were sampled with the defaults."""
     rows = [{"prompt_token_ids": PROMPTS[0]}, {"prompt_token_ids": PROMPTS[0], "sampling_params": None}]
-    plain, none = ids_of(make_llm("llama").generate(rows, GREEDY, use_tqdm=False))
+    llm = make_llm("llama")
+    plain, none = ids_of(llm.generate(rows, GREEDY, use_tqdm=False))
     assert plain == none
+    own = [{"top_k": 1, "max_tokens": None}, {"top_k": None, "max_tokens": 3}]  # as the rows of Arrow's structs are
+    rows = [{"prompt_token_ids": [5], "sampling_params": {**params, "ignore_eos": True}} for params in own]
+    assert [len(ids) for ids in ids_of(llm.generate(rows, use_tqdm=False))] == [16, 3]

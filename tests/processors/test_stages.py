@@ -263,7 +263,7 @@ def test_a_sampling_params_object_completes_the_defaults(model_path, engine_kwar
         (encoded,) = stage(names_table(["good"]))
         params = SamplingParams.model_validate_json(encoded.column(col.PARAMS)[0].as_py())
         assert (params.top_k, params.max_tokens, params.temperature) == expected
-        assert with_defaults({"sampling_params": value}, GREEDY)["sampling_params"]["temperature"] == 0
+        assert with_defaults({"sampling_params": value}, GREEDY)["sampling_params"].temperature == 0
 
 
 RARE = pa.table(
